@@ -1,0 +1,1 @@
+"""Pure: bytes and values in, values out. No I/O but secret memory, no clock."""

@@ -1,0 +1,53 @@
+"""The words of the design as types. No logic, no I/O."""
+
+import enum
+
+
+class State(enum.Enum):
+    UNINITIALISED = "uninitialised"
+    LOCKED = "locked"
+    UNLOCKED = "unlocked"
+
+
+class LockReason(enum.Enum):
+    """Why a host is locked. Operators see it in the challenge."""
+
+    FIRST_BOOT = "first_boot"
+    UNEXPECTED_REBOOT = "unexpected_reboot"
+    NOT_THE_NEXT_BOOT = "not_the_next_boot"
+    PCR_MISMATCH = "pcr_mismatch"
+    SEALED_COPY_USED = "sealed_copy_used"
+    SEALED_COPY_DAMAGED = "sealed_copy_damaged"
+    TPM_MISSING = "tpm_missing"
+    TPM_CHANGED = "tpm_changed"
+    TPM_LOCKOUT = "tpm_lockout"
+    TPM_FAILED = "tpm_failed"
+    ROLLBACK = "rollback"
+    BACKUP_DAMAGED = "backup_damaged"
+    LEASE_EXPIRED = "lease_expired"
+    LOCKED_BY_ADMIN = "locked_by_admin"
+
+
+class VersionState(enum.Enum):
+    PRIMARY = "primary"
+    ACTIVE = "active"
+    RETIRED = "retired"
+    REVOKED = "revoked"
+
+
+class Operation(enum.Enum):
+    READ = "read"
+    SIGN = "sign"
+    VERIFY = "verify"
+
+
+class SealKind(enum.Enum):
+    """What will come between the seal and the next start."""
+
+    REBOOT = "reboot"  # the TPM is reset
+    KEXEC = "kexec"  # it is not
+
+
+class Curve(enum.Enum):
+    P256 = "p256"
+    X25519 = "x25519"
