@@ -24,6 +24,7 @@ class LockReason(enum.Enum):
     TPM_FAILED = "tpm_failed"
     ROLLBACK = "rollback"
     BACKUP_DAMAGED = "backup_damaged"
+    STORAGE_FAILED = "storage_failed"
     LEASE_EXPIRED = "lease_expired"
     LOCKED_BY_ADMIN = "locked_by_admin"
 

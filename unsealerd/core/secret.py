@@ -20,7 +20,7 @@ _FD_CLOEXEC = 0x80000  # O_CLOEXEC, the only flag memfd_secret(2) takes
 
 
 class SecretMemoryKind(enum.Enum):
-    MEMFD_SECRET = "memfd_secret"
+    MEMFD_SECRET = "memfd_secret"  # noqa: S105 - the name of a system call
     MLOCK = "mlock"
 
 

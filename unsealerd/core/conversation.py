@@ -1,0 +1,103 @@
+"""The messages of an unlock session as io.unsealerd.Unlock has them, for both who send and who receive.
+
+They are values without behaviour: sizes and meaning are checked where they matter. In JSON, bytes are base64 (RFC 4648,
+section 4, padded), which is what msgspec makes of ``bytes`` too.
+"""
+
+import msgspec
+
+from unsealerd import errors
+from unsealerd.model import Curve, State
+
+INTERFACE = "io.unsealerd.Unlock"
+
+NETWORK_ERRORS: frozenset[type[errors.UnsealerdError]] = frozenset(
+    {
+        errors.AuditUnwritable,
+        errors.BackupDamaged,
+        errors.BadAnswer,
+        errors.BadMessage,
+        errors.DaemonUnreachable,
+        errors.KeyringInvalid,
+        errors.LimitExceeded,
+        errors.NotAnOperator,
+        errors.NotInitialised,
+        errors.NotLocked,
+        errors.Rollback,
+        errors.SessionExpired,
+        errors.StorageFailed,
+        errors.TpmChanged,
+        errors.TpmFailed,
+        errors.TpmLockout,
+        errors.TpmMissing,
+    }
+)
+"""What a peer may be told: the interface's errors, and that the daemon is not there."""
+
+
+class Question(msgspec.Struct, frozen=True):
+    tag: bytes
+    curve: Curve
+    point: bytes
+
+
+class Challenge(msgspec.Struct, frozen=True):
+    session: bytes
+    questions: tuple[Question, ...]
+    lock_reason: str
+    boot_id: str
+    host_name: str
+    uptime: int
+    backup_time: int
+    shares_present: int
+    shares_needed: int
+    deadline: int
+    generation: int | None = None
+
+
+class Answer(msgspec.Struct, frozen=True):
+    question: int
+    x: bytes
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """``result`` is ``accepted`` or the name of an error."""
+
+    question: int
+    result: str
+
+
+class Result(msgspec.Struct, frozen=True):
+    state: State
+    shares_present: int
+    shares_needed: int
+    outcomes: tuple[Outcome, ...]
+
+
+class Status(msgspec.Struct, frozen=True):
+    state: State
+    shares_present: int
+    shares_needed: int
+    lock_reason: str | None = None
+
+
+class HelloCall(msgspec.Struct, frozen=True):
+    """The parameters of the method Hello."""
+
+    version: int
+    nonce: bytes
+    tags: tuple[bytes, ...]
+    peer: str
+
+
+class HelloReply(msgspec.Struct, frozen=True):
+    challenge: Challenge
+
+
+class AnswerCall(msgspec.Struct, frozen=True):
+    """The parameters of the method Answer."""
+
+    session: bytes
+    answers: tuple[Answer, ...]
+    reason: str
+    accept_rollback: bool

@@ -1,0 +1,210 @@
+"""The keyring: all keys of a host, as a value, and the format in which it lies inside the backup.
+
+::
+
+    unsealerd-keyring-v1 LF
+    LENGTH LF                 decimal, no leading zero: bytes of the metadata
+    METADATA                  canonical JSON, no secret in it
+    KEY BYTES                 of every version that is not revoked, in the order of the metadata, back to back
+
+The whole plaintext is in one `SecretBuffer`, both in memory and while it is encrypted or decrypted, so the key bytes are never
+parsed and never copied. Strict: unknown fields, gaps, trailing bytes and any other way to write the same thing are refused, so
+that ``parse`` and ``Keyring.buffer`` are inverse to each other.
+"""
+
+import hmac
+from dataclasses import dataclass
+
+import msgspec
+
+from unsealerd.core.secret import SecretBuffer, fill_random
+from unsealerd.errors import KeyringInvalid, KeyNotFound, VersionNotFound
+from unsealerd.model import VersionState
+
+MAX_BYTES = 16 << 20  # of the whole plaintext
+_MAGIC = b"unsealerd-keyring-v1\n"
+_MAX_LENGTH_DIGITS = 8
+
+_encoder = msgspec.json.Encoder(order="sorted")
+
+
+class Version(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    state: VersionState
+    size: int
+    """Bytes."""
+    created: int
+    """Unix seconds, as every time here."""
+    changed: int | None
+    """When it came into its state, if that was not at its creation."""
+    retires: int | None
+    """When an active version becomes retired."""
+
+
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    owner: str
+    purpose: str
+    versions: tuple[Version, ...]
+    """Ascending, from 1, without a gap."""
+
+    @property
+    def primary(self) -> Version | None:
+        """The version that signs. None only when every version is revoked or retired."""
+        for version in reversed(self.versions):
+            if version.state is VersionState.PRIMARY:
+                return version
+        return None
+
+
+class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    generation: int
+    """Grows by one with every write, from 1."""
+    written: int
+    counter: int | None
+    """The value that the TPM's counter has once this backup is the current one; None without a TPM."""
+    keys: tuple[Key, ...]
+    """Sorted by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """One version of a key, with its bytes. The view is of the keyring's secret memory."""
+
+    version: int
+    view: memoryview
+
+
+class Keyring:
+    """Metadata, and the secret memory that holds the serialised whole. Closed when it is replaced."""
+
+    __slots__ = ("_usable", "_views", "buffer", "metadata")
+
+    def __init__(self, metadata: Metadata, buffer: SecretBuffer, offset: int) -> None:
+        self.metadata = metadata
+        self.buffer = buffer
+        self._views: dict[tuple[str, int], memoryview] = {}
+        self._usable: dict[str, tuple[Usable, ...]] = {}
+        for key in metadata.keys:
+            usable: list[Usable] = []
+            for version in key.versions:
+                if version.state is VersionState.REVOKED:
+                    continue
+                view = buffer.view[offset : offset + version.size]
+                offset += version.size
+                self._views[key.name, version.version] = view
+                if version.state is VersionState.PRIMARY:
+                    usable.insert(0, Usable(version.version, view))
+                elif version.state is VersionState.ACTIVE:
+                    usable.append(Usable(version.version, view))
+            self._usable[key.name] = tuple(usable)
+
+    def key(self, name: str) -> Key:
+        """Raises `KeyNotFound`."""
+        for key in self.metadata.keys:
+            if key.name == name:
+                return key
+        raise KeyNotFound(name)
+
+    def usable(self, name: str) -> tuple[Usable, ...]:
+        """The versions that verify, primary first. Raises `KeyNotFound`, and `VersionNotFound` when there is no primary."""
+        usable = self._usable.get(name)
+        if usable is None:
+            raise KeyNotFound(name)
+        if not usable:
+            raise VersionNotFound(f"{name} has no version that is not revoked or retired")
+        return usable
+
+    def view(self, name: str, version: int) -> memoryview:
+        """The bytes of any version that is not revoked."""
+        return self._views[name, version]
+
+    def close(self) -> None:
+        """Wipe every key."""
+        for view in self._views.values():
+            view.release()
+        self.buffer.close()
+        self._views.clear()
+        self._usable.clear()
+
+
+def compose(metadata: Metadata, sources: list[memoryview | int]) -> Keyring:
+    """A keyring whose key bytes are, in the order of the metadata, copied from a view or drawn afresh.
+
+    An int in ``sources`` is the number of bytes to draw from the kernel's generator.
+    """
+    text = _encoder.encode(metadata)
+    head = b"%b%d\n%b" % (_MAGIC, len(text), text)
+    total = len(head) + sum(source if isinstance(source, int) else source.nbytes for source in sources)
+    if total > MAX_BYTES:
+        raise KeyringInvalid(f"larger than {MAX_BYTES} bytes")
+    buffer = SecretBuffer(total)
+    buffer.view[: len(head)] = head
+    offset = len(head)
+    for source in sources:
+        size = source if isinstance(source, int) else source.nbytes
+        target = buffer.view[offset : offset + size]
+        if isinstance(source, int):
+            fill_random(target)
+        else:
+            target[:] = source
+        offset += size
+    return Keyring(metadata, buffer, len(head))
+
+
+def parse(buffer: SecretBuffer) -> Keyring:
+    """Take over a decrypted plaintext. Raises `KeyringInvalid` on any other bytes; the buffer is then the caller's to close."""
+    metadata, offset = _parse_head(buffer.view)
+    _check(metadata)
+    sizes = [v.size for key in metadata.keys for v in key.versions if v.state is not VersionState.REVOKED]
+    if offset + sum(sizes) != len(buffer):
+        raise KeyringInvalid("the key bytes are not as long as the metadata says")
+    for size in sizes:
+        # Promise 11: bytes that were never drawn are not a key.
+        if hmac.compare_digest(buffer.view[offset : offset + size], bytes(size)):
+            raise KeyringInvalid("a key is all zero")
+        offset += size
+    return Keyring(metadata, buffer, len(buffer) - sum(sizes))
+
+
+def _parse_head(view: memoryview) -> tuple[Metadata, int]:
+    if view.nbytes > MAX_BYTES or view[: len(_MAGIC)] != _MAGIC:
+        raise KeyringInvalid("not a keyring of version 1")
+    start = len(_MAGIC)
+    # The length and the metadata hold no secret, so ordinary bytes will do.
+    digits, newline, _ = bytes(view[start : start + _MAX_LENGTH_DIGITS + 1]).partition(b"\n")
+    if not newline or not digits.isdigit() or digits.startswith(b"0"):
+        raise KeyringInvalid("the length of the metadata is malformed")
+    start += len(digits) + 1
+    text = bytes(view[start : start + int(digits)])
+    if len(text) != int(digits):
+        raise KeyringInvalid("the metadata is cut off")
+    try:
+        metadata = msgspec.json.decode(text, type=Metadata)
+    except (msgspec.DecodeError, RecursionError) as err:
+        raise KeyringInvalid(f"metadata: {err}") from err
+    if _encoder.encode(metadata) != text:
+        raise KeyringInvalid("the metadata is not canonical")
+    return metadata, start + len(text)
+
+
+def _check(metadata: Metadata) -> None:
+    if (
+        metadata.generation < 1
+        or metadata.written < 0
+        or (metadata.counter is not None and metadata.counter < 1)
+    ):
+        raise KeyringInvalid("generation, time or counter out of range")
+    names = [key.name for key in metadata.keys]
+    if names != sorted(set(names)):
+        raise KeyringInvalid("the keys are not sorted by name")
+    for key in metadata.keys:
+        if [version.version for version in key.versions] != list(
+            range(1, len(key.versions) + 1)
+        ) or not key.versions:
+            raise KeyringInvalid(f"{key.name}: the versions are not numbered from 1")
+        if sum(version.state is VersionState.PRIMARY for version in key.versions) > 1:
+            raise KeyringInvalid(f"{key.name}: two primary versions")
+        for version in key.versions:
+            if version.size < 1 or version.created < 0:
+                raise KeyringInvalid(f"{key.name}: size or time out of range")

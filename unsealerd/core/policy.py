@@ -1,0 +1,51 @@
+"""Who may do what with which key. Nothing is granted by default.
+
+Rules name units, users and groups; users and groups arrive here as numbers, looked up by the daemon, so that
+deciding needs no I/O.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from unsealerd.model import Operation
+
+NOTHING: frozenset[Operation] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """One rule. Exactly one of ``unit``, ``uid`` and ``gid`` is set."""
+
+    operations: frozenset[Operation]
+    unit: str | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A caller as the kernel reports it. For a credential that systemd fetches, only ``unit`` is known."""
+
+    uid: int | None
+    gids: frozenset[int]
+    unit: str | None
+
+
+class Policy:
+    def __init__(self, grants: Mapping[str, tuple[Grant, ...]]) -> None:
+        self._grants = dict(grants)
+
+    def operations(self, subject: Subject, key: str) -> frozenset[Operation]:
+        """What the subject may do with the key."""
+        allowed = NOTHING
+        for grant in self._grants.get(key, ()):
+            if (
+                (grant.unit is not None and grant.unit == subject.unit)
+                or (grant.uid is not None and grant.uid == subject.uid)
+                or (grant.gid is not None and grant.gid in subject.gids)
+            ):
+                allowed |= grant.operations
+        return allowed
+
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._grants)

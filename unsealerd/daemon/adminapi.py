@@ -1,0 +1,164 @@
+"""``io.unsealerd.Admin``: everything that changes state, on the ``admin`` socket."""
+
+import base64
+import hashlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from unsealerd.core.age import Header
+from unsealerd.core.keyring import Key
+from unsealerd.daemon.access import caller_facts
+from unsealerd.daemon.host import Host
+from unsealerd.daemon.interface import Empty, Interface, Method
+from unsealerd.daemon.report import Report
+from unsealerd.errors import BackupDamaged, BadRequest
+from unsealerd.model import SealKind, VersionState
+
+if TYPE_CHECKING:
+    from unsealerd.daemon.connection import Connection
+
+MAX_LEASE = 86400  # seconds
+
+
+class NameParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class RevokeParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    version: int | None = None
+
+
+class SealParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    kind: SealKind
+
+
+class ArmParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    seconds: int
+
+
+class AdminApi:
+    def __init__(self, host: Host, report: Report) -> None:
+        self._host = host
+        self._report = report
+
+    def interface(self) -> Interface:
+        return Interface(
+            "io.unsealerd.Admin",
+            {
+                "Status": Method(Empty, self.status),
+                "Init": Method(Empty, self.init),
+                "ListKeys": Method(Empty, self.list_keys),
+                "ShowKey": Method(NameParameters, self.show_key),
+                "RotateKey": Method(NameParameters, self.rotate_key),
+                "RevokeKey": Method(RevokeParameters, self.revoke_key),
+                "Seal": Method(SealParameters, self.seal),
+                "Arm": Method(ArmParameters, self.arm),
+                "Disarm": Method(Empty, self.disarm),
+                "Lock": Method(Empty, self.lock),
+                "VerifyBackup": Method(Empty, self.verify_backup),
+                "ExportBackup": Method(Empty, self.export_backup),
+            },
+            details=True,
+        )
+
+    async def status(self, _connection: "Connection", _: Empty) -> dict[str, object]:
+        return {"status": await self._report.status()}
+
+    async def init(self, connection: "Connection", _: Empty) -> dict[str, object]:
+        await self._host.initialise(caller_facts(connection.peer.caller))
+        metadata = self._host.open_keyring().metadata
+        return {"generation": metadata.generation, "keys": [key.name for key in metadata.keys]}
+
+    def list_keys(self, _connection: "Connection", _: Empty) -> dict[str, object]:
+        return {"keys": [self._describe(key) for key in self._host.open_keyring().metadata.keys]}
+
+    def show_key(self, _connection: "Connection", call: NameParameters) -> dict[str, object]:
+        return {"key": self._describe(self._host.open_keyring().key(call.name))}
+
+    async def rotate_key(self, connection: "Connection", call: NameParameters) -> dict[str, object]:
+        await self._host.rotate(call.name, caller_facts(connection.peer.caller))
+        return {"key": self._describe(self._host.open_keyring().key(call.name))}
+
+    async def revoke_key(self, connection: "Connection", call: RevokeParameters) -> dict[str, object]:
+        await self._host.revoke(call.name, call.version, caller_facts(connection.peer.caller))
+        return {"key": self._describe(self._host.open_keyring().key(call.name))}
+
+    async def seal(self, connection: "Connection", call: SealParameters) -> dict[str, object]:
+        await self._host.seal(call.kind, 0, caller_facts(connection.peer.caller))
+        return {"seal": self._report.seal()}
+
+    async def arm(self, connection: "Connection", call: ArmParameters) -> dict[str, object]:
+        if not 0 < call.seconds <= MAX_LEASE:
+            raise BadRequest(f"a lease is from 1 second to {MAX_LEASE // 3600} hours")
+        deadline = self._host.now + call.seconds
+        await self._host.seal(SealKind.REBOOT, deadline, caller_facts(connection.peer.caller))
+        return {"seal": self._report.seal()}
+
+    async def disarm(self, connection: "Connection", _: Empty) -> None:
+        await self._host.disarm(caller_facts(connection.peer.caller))
+
+    async def lock(self, connection: "Connection", _: Empty) -> None:
+        await self._host.lock(caller_facts(connection.peer.caller))
+
+    async def verify_backup(self, _connection: "Connection", _: Empty) -> dict[str, object]:
+        metadata = self._host.open_keyring().metadata
+        data = await self._host.inspect(self._host.keeper.store.verify)
+        header = self._host.keeper.header()
+        self._require_stanzas(header)
+        return {
+            "generation": metadata.generation,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "operators": [operator.name for operator in self._host.operators],
+        }
+
+    async def export_backup(self, connection: "Connection", _: Empty) -> dict[str, object]:
+        generation = self._host.open_keyring().metadata.generation
+        data = await self._host.inspect(self._host.keeper.store.verify)
+        self._host.audit.append("backup_export", **caller_facts(connection.peer.caller))
+        return {"generation": generation, "backup": base64.b64encode(data).decode()}
+
+    def _require_stanzas(self, header: Header) -> None:
+        """One stanza for each operator, and no more. Those of X25519 carry no name, and are counted."""
+        operators = self._host.operators
+        if len(header.stanzas) != len(operators):
+            raise BackupDamaged(f"{len(header.stanzas)} stanzas for {len(operators)} operators")
+        for operator in operators:
+            if not any(operator.recipient.ephemeral(stanza) is not None for stanza in header.stanzas):
+                raise BackupDamaged(f"no stanza for the operator {operator.name}")
+
+    def _describe(self, key: Key) -> dict[str, object]:
+        declared = self._host.config.keys.get(key.name)
+        every = declared.rotate_every if declared else None
+        rules = declared.allow if declared else ()
+        return {
+            "name": key.name,
+            "owner": key.owner,
+            "purpose": key.purpose,
+            "size": next((v.size for v in reversed(key.versions) if v.state is not VersionState.REVOKED), 0),
+            "declared": declared is not None,
+            "rotate_every": every,
+            "overlap": declared.overlap if declared else None,
+            "next_rotation": key.primary.created + every if every and key.primary else None,
+            "allow": [
+                {
+                    **({"unit": rule.unit} if rule.unit else {}),
+                    **({"user": rule.user} if rule.user else {}),
+                    **({"group": rule.group} if rule.group else {}),
+                    "operations": [operation.value for operation in rule.operations],
+                }
+                for rule in rules
+            ],
+            "versions": [
+                {
+                    "version": v.version,
+                    "state": v.state.value,
+                    "created": v.created,
+                    "changed": v.changed,
+                    "retires": v.retires,
+                }
+                for v in key.versions
+            ],
+        }

@@ -1,0 +1,188 @@
+"""The daemon put together: sockets, timers and signals around one `Host`."""
+
+import asyncio
+import contextlib
+import fcntl
+import grp
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from unsealerd import notify
+from unsealerd.config import Config, load
+from unsealerd.core.secret import SecretBuffer, SecretMemoryKind
+from unsealerd.daemon import journal
+from unsealerd.daemon.access import Access
+from unsealerd.daemon.adminapi import AdminApi
+from unsealerd.daemon.audit import AuditLog
+from unsealerd.daemon.host import Host
+from unsealerd.daemon.keyreader import KeyReader
+from unsealerd.daemon.keysapi import KeysApi
+from unsealerd.daemon.report import Report
+from unsealerd.daemon.unlockapi import UnlockApi
+from unsealerd.daemon.unlocking import Conversations
+from unsealerd.daemon.varlink import Info, VarlinkServer
+from unsealerd.daemon.watch import Event
+from unsealerd.errors import StorageFailed, UnsealerdError
+from unsealerd.model import State
+
+GATEWAY_GROUP = "unsealerd-gateway"
+_COUNT_INTERVAL = 60  # seconds after which the uses of keys are written down
+_LONGEST_NAP = 30  # seconds; the wall clock may jump
+_URL = "https://github.com/unsealerd/unsealerd"
+
+_log = logging.getLogger("unsealerd")
+
+
+def serve(path: Path, config: Config, warnings: list[str]) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Raises the errors that keep it from starting."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    with _exclusive(config.daemon.state_dir), SecretBuffer(1) as probe:
+        asyncio.run(Application(path, config, warnings, probe.kind).run())
+
+
+@contextlib.contextmanager
+def _exclusive(state_dir: Path) -> Iterator[None]:
+    """Make the state directory ours alone: two daemons on one backup would undo each other's writes."""
+    try:
+        # Others may pass through it (the gateway's key is below) but not look around.
+        state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        fd = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as err:
+        raise StorageFailed(f"{state_dir}: {err.strerror}") from err
+    try:
+        os.fchmod(fd, 0o711)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as err:
+        raise StorageFailed(f"{state_dir}: another unsealerd is running on it") from err
+    except PermissionError as err:
+        raise StorageFailed(f"{state_dir}: {err.strerror}") from err
+    finally:
+        os.close(fd)
+
+
+class Application:
+    """One run of the daemon."""
+
+    def __init__(self, path: Path, config: Config, warnings: list[str], memory: SecretMemoryKind) -> None:
+        self._path = path
+        self._runtime = config.daemon.runtime_dir
+        self._host = Host(config, time.time, AuditLog(config.daemon.state_dir, time.time, journal.mirror()))
+        self._access = Access(self._host, time.monotonic)
+        self._keys = KeysApi(self._host, self._access)
+        self._conversations = Conversations(self._host, time.monotonic)
+        self._report = Report(self._host, self._conversations, memory, warnings)
+        self._stop = asyncio.Event()
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        servers = await self._listen()
+        reader = KeyReader(self._host, self._access, self._runtime)
+        reload = asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        self._host.watchers.add(self._tell_manager)
+        background: list[asyncio.Task[None]] = []
+        try:
+            reader.follow_configuration()
+            await self._host.start()
+            background = [
+                loop.create_task(self._tick()),
+                loop.create_task(self._write_counts()),
+                loop.create_task(self._reload(reload, reader)),
+            ]
+            notify.notify(READY=1, STATUS=self._status_text())
+            _log.info("ready state=%s reason=%s", self._host.state.value, self._reason())
+            await self._stop.wait()
+        finally:
+            notify.notify(STOPPING=1)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            for server in servers:
+                await server.close()
+            await reader.close()
+            await self._host.close()
+            self._host.audit.close()
+
+    async def _listen(self) -> list[VarlinkServer]:
+        try:
+            self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._runtime.chmod(0o755)
+        except OSError as err:
+            raise StorageFailed(f"{self._runtime}: {err.strerror}") from err
+        info = Info("unsealerd", "unsealerd", importlib.metadata.version("unsealerd"), _URL)
+        console = UnlockApi(self._host, self._conversations, console=True)
+        remote = UnlockApi(self._host, self._conversations, console=False)
+        admin = AdminApi(self._host, self._report)
+        keys_server = VarlinkServer([self._keys.interface()], info, on_disconnect=self._keys.forget)
+        admin_server = VarlinkServer(
+            [admin.interface(), console.interface()], info, on_disconnect=console.forget
+        )
+        unlock_server = VarlinkServer([remote.interface()], info, on_disconnect=remote.forget)
+        await keys_server.listen(self._runtime / "keys", 0o666)
+        await admin_server.listen(self._runtime / "admin", 0o600)
+        gid = _group(GATEWAY_GROUP)
+        await unlock_server.listen(self._runtime / "unlock", 0o600 if gid is None else 0o660, gid)
+        return [keys_server, admin_server, unlock_server]
+
+    async def _tick(self) -> None:
+        """Rotations, overlaps and leases, when they are due."""
+        while True:
+            due = self._host.due()
+            nap = _LONGEST_NAP if due is None else min(_LONGEST_NAP, max(due - self._host.now, 1))
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), nap)
+            due = self._host.due()
+            if due is None or due > self._host.now:
+                continue
+            try:
+                await self._host.tick()
+            except UnsealerdError as err:
+                _log.error("scheduled change failed error=%s detail=%s", err.name, err.detail)
+
+    async def _write_counts(self) -> None:
+        while True:
+            await asyncio.sleep(_COUNT_INTERVAL)
+            self._keys.flush()
+
+    async def _reload(self, asked: asyncio.Event, reader: KeyReader) -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            notify.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+            try:
+                await self._host.reload(load(self._path))
+                reader.follow_configuration()
+                _log.info("reloaded")
+            except UnsealerdError as err:
+                _log.error("reload refused error=%s detail=%s", err.name, err.detail)
+            notify.notify(READY=1, STATUS=self._status_text())
+
+    def _tell_manager(self, event: Event) -> None:
+        self._wake.set()
+        notify.notify(STATUS=self._status_text())
+
+    def _status_text(self) -> str:
+        if self._host.state is State.UNLOCKED:
+            return f"unlocked, generation {self._host.last_generation}"
+        return f"{self._host.state.value}: {self._reason()}"
+
+    def _reason(self) -> str | None:
+        return self._host.lock_reason.value if self._host.lock_reason is not None else None
+
+
+def _group(name: str) -> int | None:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None

@@ -1,0 +1,483 @@
+"""The host: its state, and the one place where a change of it is authorised, audited and done.
+
+Runs on the event loop. What blocks is done by the `Keeper` on one worker thread, one change at a time; services go on reading the
+keyring that is current meanwhile. A replaced keyring is wiped here, on the loop, where no request can be half way through it.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+
+from unsealerd.config import Config, KeyConfig
+from unsealerd.core.draft import Change, Draft
+from unsealerd.core.keyring import Keyring
+from unsealerd.core.lifecycle import HOST_TABLE, HostEvent
+from unsealerd.core.secret import SecretBuffer
+from unsealerd.core.session import KnownOperator
+from unsealerd.daemon import machine
+from unsealerd.daemon.audit import AuditLog
+from unsealerd.daemon.keeper import Keeper, TpmSettings, Written
+from unsealerd.daemon.store import DurableDirectory
+from unsealerd.daemon.watch import Event, Watchers
+from unsealerd.errors import (
+    AlreadyInitialised,
+    AuditUnwritable,
+    BackupDamaged,
+    ConfigInvalid,
+    IdentityInvalid,
+    Locked,
+    NotArmed,
+    NotInitialised,
+    NotInstalled,
+    NotLocked,
+    Rollback,
+    SealRefused,
+    StorageFailed,
+    TpmChanged,
+    TpmFailed,
+    TpmLockout,
+    TpmMissing,
+    UnsealerdError,
+)
+from unsealerd.model import LockReason, SealKind, State
+
+T = TypeVar("T")
+Facts = dict[str, object]
+"""Who asked, as it stands in audit records."""
+
+UNSEAL_PATIENCE = 30  # seconds that the start waits for the TPM before it says that it is ready, locked
+_LOCK_FILE = "lock.json"
+_LOCK_FILE_BYTES = 4096
+
+_log = logging.getLogger("unsealerd")
+
+_LOCKS: dict[type[UnsealerdError], LockReason] = {
+    TpmMissing: LockReason.TPM_MISSING,
+    NotInstalled: LockReason.TPM_MISSING,
+    TpmChanged: LockReason.TPM_CHANGED,
+    TpmLockout: LockReason.TPM_LOCKOUT,
+    TpmFailed: LockReason.TPM_FAILED,
+    Rollback: LockReason.ROLLBACK,
+    BackupDamaged: LockReason.BACKUP_DAMAGED,
+    StorageFailed: LockReason.STORAGE_FAILED,
+    AuditUnwritable: LockReason.STORAGE_FAILED,
+}
+
+# A sealed copy refused for one of these is never given again. For the others it may be: the daemon can be restarted when
+# the TPM, or the disk, is back.
+_FINAL = frozenset(
+    {
+        LockReason.NOT_THE_NEXT_BOOT,
+        LockReason.PCR_MISMATCH,
+        LockReason.SEALED_COPY_USED,
+        LockReason.SEALED_COPY_DAMAGED,
+        LockReason.LEASE_EXPIRED,
+    }
+)
+
+
+class _RememberedLock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why the host was locked in this boot, for a daemon that is restarted in it."""
+
+    boot_id: str
+    reset_count: int | None
+    reason: LockReason
+    detail: str
+
+
+class Host:
+    def __init__(self, config: Config, clock: Callable[[], float], audit: AuditLog) -> None:
+        self._clock = clock
+        self.audit = audit
+        self.watchers = Watchers()
+        self._directory = DurableDirectory(config.daemon.state_dir)
+        self.keeper = Keeper(self._directory, None, clock)
+        self._worker = ThreadPoolExecutor(1, "keeper")
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.state = State.UNINITIALISED
+        self.lock_reason: LockReason | None = LockReason.FIRST_BOOT
+        self.lock_detail = ""
+        self.since = int(clock())
+        self.keyring: Keyring | None = None
+        self.last_generation: int | None = None
+        self.policy_epoch = 0
+        self.configure(config)
+
+    # --- configuration
+
+    def configure(self, config: Config) -> None:
+        """Take over a configuration. Raises `ConfigInvalid`; the one before then stays in force."""
+        from unsealerd.core.age import parse_recipient
+
+        try:
+            operators = tuple(KnownOperator(o.name, parse_recipient(o.recipient)) for o in config.operators)
+        except IdentityInvalid as err:
+            raise ConfigInvalid(f"operator: {err.detail}") from err
+        policy, missing = machine.policy_of(config)
+        for name in missing:
+            _log.warning("policy: %s does not exist here, so the rule grants nothing", name)
+        self.config = config
+        self.operators = operators
+        self.policy = policy
+        self.policy_epoch += 1
+        tpm = config.tpm
+        settings = None if tpm.tcti is None else TpmSettings(tpm.tcti, tpm.pcrs, config.seal.extra_resets)
+        self.keeper.configure([operator.recipient for operator in operators], settings)
+
+    async def reload(self, config: Config) -> None:
+        """Take over a configuration, make the keys that it declares, and write the backup to its operators."""
+        self.audit.append("reload")
+        async with self._changing:
+            recipients = [str(operator.recipient) for operator in self.operators]
+            self.configure(config)
+            moved = recipients != [str(operator.recipient) for operator in self.operators]
+            if self.keyring is not None:
+                draft = Draft(self.keyring)
+                self._amend(draft)
+                if draft.changes or moved:
+                    await self._write(draft)
+
+    # --- reading
+
+    @property
+    def now(self) -> int:
+        return int(self._clock())
+
+    def open_keyring(self) -> Keyring:
+        """The keyring of this moment. Raises `Locked`, `NotInitialised`. Not to be kept across an await."""
+        if self.keyring is None:
+            if self.state is State.UNINITIALISED:
+                raise NotInitialised("there is no keyring yet")
+            raise Locked(self.lock_detail)
+        return self.keyring
+
+    def due(self) -> int | None:
+        """Unix seconds at which `tick` has something to do, or None."""
+        times: list[int] = []
+        if self.keyring is not None:
+            for key in self.keyring.metadata.keys:
+                every = self._declared(key.name).rotate_every if key.name in self.config.keys else None
+                if every is not None and key.primary is not None:
+                    times.append(key.primary.created + every)
+                times.extend(v.retires for v in key.versions if v.retires is not None)
+            plan = self.keeper.plan
+            if plan is not None and plan.deadline:
+                times.append(plan.deadline)
+        return min(times, default=None)
+
+    # --- changing: each is one task of its own, so that a caller who hangs up does not leave it half adopted
+
+    async def start(self) -> None:
+        """Open the backup with the sealed copy, if there is one. Never raises for what a host can be in."""
+        task = self._spawn(self._start())
+        await asyncio.wait({task}, timeout=UNSEAL_PATIENCE)
+        if not task.done():
+            self._set_locked(LockReason.TPM_FAILED, f"no answer in {UNSEAL_PATIENCE} s; still trying")
+
+    async def initialise(self, facts: Facts) -> Keyring:
+        return await self._run(self._initialise(facts))
+
+    async def rotate(self, name: str, facts: Facts) -> None:
+        def edit(draft: Draft) -> None:
+            declared = self.config.keys.get(name)
+            size, overlap = (declared.size, declared.overlap) if declared else (None, 0)
+            draft.rotate(name, size=size, overlap=overlap, now=self.now)
+
+        await self._run(self._edit("key_rotate", edit, {**facts, "key": name}))
+
+    async def revoke(self, name: str, version: int | None, facts: Facts) -> None:
+        def edit(draft: Draft) -> None:
+            declared = self.config.keys.get(name)
+            draft.revoke(name, version, size=declared.size if declared else None, now=self.now)
+
+        facts = {**facts, "key": name, "version": version}
+        await self._run(self._edit("key_revoke", edit, facts, destroy=True))
+
+    async def seal(self, kind: SealKind, deadline: int, facts: Facts) -> None:
+        """``deadline``: Unix seconds at which the sealed copy is destroyed; 0: none."""
+        await self._run(self._seal(kind, deadline, facts))
+
+    async def disarm(self, facts: Facts) -> None:
+        await self._run(self._disarm("disarm", facts))
+
+    async def lock(self, facts: Facts) -> None:
+        await self._run(self._lock(facts))
+
+    async def unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
+        """Open the backup with a file key that an operator's answer gave. Takes the buffer over."""
+        await self._run(self._unlock(file_key, facts, accept_rollback=accept_rollback))
+
+    async def tick(self) -> None:
+        """Do what is due: rotations, the end of overlaps, the end of a lease."""
+        await self._run(self._tick())
+
+    async def inspect(self, function: Callable[[], T]) -> T:
+        """Run a blocking read on the worker, between changes."""
+        async with self._changing:
+            return await self._on_worker(function)
+
+    async def close(self) -> None:
+        """Wait for the change in hand, then wipe."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self.keyring is not None:
+            self.keyring.close()
+            self.keyring = None
+        self._worker.shutdown(wait=True)
+
+    # --- the changes
+
+    async def _start(self) -> None:
+        async with self._changing:
+            try:
+                self.audit.open()
+                self.audit.append("start", boot_id=machine.boot_id())
+                await self._first_state()
+            except UnsealerdError as err:
+                self._refused(err)
+
+    async def _first_state(self) -> None:
+        if not self.keeper.store.present():
+            if self.keeper.has_sealed_copy() or await self._on_worker(self.keeper.pin) is not None:
+                raise BackupDamaged("the backup is gone")
+            return
+        if not self.keeper.has_sealed_copy():
+            remembered = await self._on_worker(self._recall)
+            self._set_locked(
+                *(remembered or (LockReason.UNEXPECTED_REBOOT, "no sealed copy was left for this boot"))
+            )
+            self.audit.append("locked", reason=self._reason(), detail=self.lock_detail)
+            return
+        # The state meanwhile, for whoever asks; replaced below.
+        self._set_locked(LockReason.UNEXPECTED_REBOOT, "the TPM is being asked for the sealed copy")
+        self.audit.append("unseal")
+        drafts: list[Draft] = []
+        unsealed = await self._on_worker(lambda: self.keeper.unseal(self._amending(drafts)))
+        try:
+            self.audit.append(
+                "unsealed", generation=unsealed.keyring.metadata.generation, destroyed=unsealed.proof.value
+            )
+        except AuditUnwritable:
+            unsealed.keyring.close()
+            raise
+        self._move(HostEvent.UNSEAL)
+        self._opened(unsealed.keyring, drafts)
+
+    async def _initialise(self, facts: Facts) -> Keyring:
+        async with self._changing:
+            if self.state is not State.UNINITIALISED:
+                raise AlreadyInitialised("this host has a keyring")
+            self.audit.append("initialise", **facts)
+            draft = Draft(None)
+            self._amend(draft)
+            keyring = await self._on_worker(lambda: self.keeper.initialise(draft))
+            self._move(HostEvent.INITIALISE)
+            self._opened(keyring, [draft])
+            return keyring
+
+    async def _edit(
+        self, event: str, edit: Callable[[Draft], None], facts: Facts, *, destroy: bool = False
+    ) -> None:
+        async with self._changing:
+            draft = Draft(self.open_keyring())
+            edit(draft)
+            self.audit.append(event, **facts)
+            await self._write(draft, destroy=destroy)
+
+    async def _seal(self, kind: SealKind, deadline: int, facts: Facts) -> None:
+        async with self._changing:
+            keyring = self.open_keyring()
+            self.audit.append("seal", kind=kind.value, deadline=deadline or None, **facts)
+            written = await self._on_worker(lambda: self.keeper.seal(keyring, kind, deadline))
+            self._adopt(written.keyring)
+            if written.seal_error is not None:
+                self._note("seal_failed", error=written.seal_error.name, detail=written.seal_error.detail)
+                raise written.seal_error
+            self._note("sealed", generation=written.keyring.metadata.generation)
+
+    async def _disarm(self, event: str, facts: Facts) -> None:
+        async with self._changing:
+            keyring = self.open_keyring()
+            if self.keeper.plan is None:
+                raise NotArmed("there is no sealed copy")
+            self.audit.append(event, **facts)
+            self._adopt((await self._on_worker(lambda: self.keeper.destroy_sealed(keyring))).keyring)
+            self._note("sealed_copy_destroyed")
+
+    async def _lock(self, facts: Facts) -> None:
+        async with self._changing:
+            keyring = self.open_keyring()
+            self.audit.append("lock", **facts)
+            detail = "locked by the administrator"
+            try:
+                if self.keeper.plan is not None:
+                    self._adopt((await self._on_worker(lambda: self.keeper.destroy_sealed(keyring))).keyring)
+                await self._on_worker(lambda: self._remember(LockReason.LOCKED_BY_ADMIN, detail))
+            finally:
+                # Whatever the disk and the TPM say: asked to lock, it locks.
+                self._move(HostEvent.LOCK)
+                self._set_locked(LockReason.LOCKED_BY_ADMIN, detail)
+            self._note("locked", reason=self._reason())
+
+    async def _unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
+        with file_key:
+            async with self._changing:
+                if self.state is not State.LOCKED:
+                    raise NotLocked("the host is not locked")
+                self.audit.append("unlock", accept_rollback=accept_rollback or None, **facts)
+                drafts: list[Draft] = []
+                try:
+                    keyring = await self._on_worker(
+                        lambda: self.keeper.unlock(
+                            file_key, self._amending(drafts), accept_rollback=accept_rollback
+                        )
+                    )
+                except UnsealerdError as err:
+                    self._note("unlock_failed", error=err.name, detail=err.detail, **facts)
+                    self._refused(err)
+                    raise
+                try:
+                    self.audit.append("unlocked", generation=keyring.metadata.generation, **facts)
+                except AuditUnwritable:
+                    keyring.close()
+                    raise
+                self._move(HostEvent.UNLOCK)
+                self._opened(keyring, drafts)
+
+    async def _tick(self) -> None:
+        plan = self.keeper.plan
+        if self.keyring is not None and plan is not None and plan.deadline and plan.deadline <= self.now:
+            await self._disarm("lease_expired", {})
+        async with self._changing:
+            if self.keyring is None:
+                return
+            draft = Draft(self.keyring)
+            self._amend(draft)
+            if draft.changes:
+                self.audit.append("scheduled_change", keys=sorted({c.key for c in draft.changes}))
+                await self._write(draft)
+
+    async def _write(self, draft: Draft, *, destroy: bool = False) -> None:
+        keyring = self.open_keyring()
+        written = await self._on_worker(lambda: self._write_blocking(keyring, draft, destroy))
+        self._adopt(written.keyring)
+        if written.seal_error is not None:
+            self._note("seal_failed", error=written.seal_error.name, detail=written.seal_error.detail)
+        self._announce([draft])
+
+    def _write_blocking(self, keyring: Keyring, draft: Draft, destroy: bool) -> Written:
+        return self.keeper.change(keyring, draft, forget_previous=destroy)
+
+    # --- parts
+
+    def _amending(self, drafts: list[Draft]) -> Callable[[Draft], None]:
+        def amend(draft: Draft) -> None:
+            drafts[:] = [draft]
+            self._amend(draft)
+
+        return amend
+
+    def _amend(self, draft: Draft) -> None:
+        """What the configuration and the time ask for: declared keys, the end of overlaps, due rotations."""
+        now = self.now
+        for name, key in self.config.keys.items():
+            draft.create(name, owner=key.owner, purpose=key.purpose, size=key.size, now=now)
+        draft.expire(now)
+        for name, key in self.config.keys.items():
+            created = draft.primary_created(name)
+            if key.rotate_every is not None and created is not None and created + key.rotate_every <= now:
+                draft.rotate(name, size=key.size, overlap=key.overlap, now=now)
+
+    def _declared(self, name: str) -> KeyConfig:
+        return self.config.keys[name]
+
+    def _adopt(self, keyring: Keyring) -> None:
+        old, self.keyring = self.keyring, keyring
+        self.last_generation = keyring.metadata.generation
+        if old is not None:
+            old.close()
+
+    def _opened(self, keyring: Keyring, drafts: list[Draft]) -> None:
+        self._adopt(keyring)
+        self.watchers.tell(Event("unlocked", self.state, None, None))
+        self._announce(drafts)
+
+    def _move(self, event: HostEvent) -> None:
+        self.state = HOST_TABLE[self.state, event]
+        self.since = self.now
+        if self.state is State.UNLOCKED:
+            self.lock_reason, self.lock_detail = None, ""
+
+    def _set_locked(self, reason: LockReason, detail: str) -> None:
+        old, self.keyring = self.keyring, None
+        if old is not None:
+            old.close()
+        self.state, self.lock_reason, self.lock_detail, self.since = State.LOCKED, reason, detail, self.now
+        self.watchers.tell(Event("locked", self.state, None, None))
+
+    def _refused(self, err: UnsealerdError) -> None:
+        """Be locked, and say why."""
+        reason = err.reason if isinstance(err, SealRefused) else _LOCKS.get(type(err))
+        if reason is None:
+            return
+        self._set_locked(reason, err.detail)
+        _log.warning("locked: %s (%s)", reason.value, err.detail)
+        with contextlib.suppress(UnsealerdError):
+            self.audit.append("locked", reason=reason.value, detail=err.detail or None)
+            if reason in _FINAL and self.keeper.has_sealed_copy():
+                self._remember(reason, err.detail)
+                self.keeper.discard_refused()
+
+    def _reason(self) -> str | None:
+        return self.lock_reason.value if self.lock_reason is not None else None
+
+    def _announce(self, drafts: list[Draft]) -> None:
+        """Tell those who watch, and the log, what has happened."""
+        changes: list[Change] = [change for draft in drafts for change in draft.changes]
+        for change in changes:
+            self._note(f"key_{change.event}", key=change.key, version=change.version or None)
+        for change in changes:
+            if change.event in ("created", "rotated", "revoked"):
+                self.watchers.tell(Event(change.event, self.state, change.key, change.version))
+
+    def _note(self, event: str, **fields: object) -> None:
+        """Record an outcome. The intent was recorded durably before; that this one cannot be is logged, and undoes nothing."""
+        try:
+            self.audit.append(event, **fields)
+        except AuditUnwritable as err:
+            _log.error("audit: %s could not be recorded: %s", event, err.detail)
+
+    def _remember(self, reason: LockReason, detail: str) -> None:
+        record = _RememberedLock(machine.boot_id(), self.keeper.reset_count(), reason, detail)
+        self._directory.write(_LOCK_FILE, msgspec.json.encode(record))
+
+    def _recall(self) -> tuple[LockReason, str] | None:
+        """The reason from before a restart of the daemon, if neither the machine nor the TPM was reset since."""
+        try:
+            data = self._directory.read(_LOCK_FILE, _LOCK_FILE_BYTES)
+            if data is None:
+                return None
+            record = msgspec.json.decode(data, type=_RememberedLock)
+        except (StorageFailed, msgspec.DecodeError, RecursionError):
+            return None
+        if record.boot_id != machine.boot_id() or record.reset_count != self.keeper.reset_count():
+            return None
+        return record.reason, record.detail
+
+    async def _run(self, change: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.shield(self._spawn(change))
+
+    def _spawn(self, change: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = asyncio.get_running_loop().create_task(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _on_worker(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function)

@@ -1,0 +1,408 @@
+"""The keeper of the one keyring: every way to open it, and every way to change it.
+
+Both the TPM and the operators only supply the file key of the one ``keyring.age``. Everything here blocks (disk, TPM) and is
+called from one worker thread, one call at a time; the event loop gets the new keyring and closes the old one itself.
+
+The order of every change, and what a crash after each step leaves::
+
+    read the TPM's counter c (first completing a step that was cut off)
+    write the backup with value c + 1        → one ahead: the next opening completes it
+    increment the counter                    → current; every older backup and sealed copy is dead
+    unlink sealed.json                       → or seal the new file key, when a sealed copy is to stay
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from unsealerd.core import keyring as keyring_format
+from unsealerd.core.age import (
+    FILE_KEY_SIZE,
+    Header,
+    Recipient,
+    decrypt_payload,
+    encrypt,
+    parse_header,
+)
+from unsealerd.core.draft import Draft
+from unsealerd.core.keyring import Keyring
+from unsealerd.core.secret import SecretBuffer
+from unsealerd.daemon.store import BackupStore, DurableDirectory
+from unsealerd.errors import (
+    AgeHeaderInvalid,
+    AgeMacInvalid,
+    AgePayloadInvalid,
+    AlreadyInitialised,
+    BackupDamaged,
+    ConfigInvalid,
+    KeyringInvalid,
+    Rollback,
+    SealRefused,
+    StorageFailed,
+    TpmChanged,
+    TpmFailed,
+    TpmLockout,
+    TpmMissing,
+    UnsealerdError,
+)
+from unsealerd.model import LockReason, SealKind
+
+if TYPE_CHECKING:
+    from unsealerd.tpm.device import Tpm
+    from unsealerd.tpm.facts import TpmFacts
+    from unsealerd.tpm.pin import TpmPin
+    from unsealerd.tpm.sealed import SealedCopy
+
+SEALED = "sealed.json"
+PIN = "tpm.json"
+_SMALL_FILE = 64 << 10  # bytes
+
+
+class SealPlan(msgspec.Struct, frozen=True):
+    """The sealed copy that there is, or is to be."""
+
+    kind: SealKind
+    created: int
+    deadline: int
+    """Unix seconds; 0: no lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class TpmSettings:
+    tcti: str
+    pcrs: tuple[int, ...]
+    extra_resets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unsealed:
+    keyring: Keyring
+    proof: LockReason
+    """How the TPM refused the sealed copy afterwards: the proof that it is destroyed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A change that is durable."""
+
+    keyring: Keyring
+    seal_error: UnsealerdError | None
+    """Why the sealed copy could not follow it; the change stands all the same."""
+
+
+class Keeper:
+    def __init__(
+        self, directory: DurableDirectory, tpm: TpmSettings | None, clock: Callable[[], float]
+    ) -> None:
+        self._directory = directory
+        self.store = BackupStore(directory)
+        self._tpm = tpm
+        self._clock = clock
+        self._recipients: tuple[Recipient, ...] = ()
+        self.plan: SealPlan | None = None
+        self.counter_behind = False
+
+    def configure(self, recipients: Sequence[Recipient], tpm: TpmSettings | None) -> None:
+        """What the configuration says now."""
+        self._recipients = tuple(recipients)
+        self._tpm = tpm
+
+    @property
+    def now(self) -> int:
+        return int(self._clock())
+
+    # --- opening
+
+    def has_sealed_copy(self) -> bool:
+        return (self._directory.path / SEALED).exists()
+
+    def initialise(self, draft: Draft) -> Keyring:
+        """Make the first backup. Raises `AlreadyInitialised`, `ConfigInvalid` and what a change raises."""
+        for name in (PIN, SEALED):
+            if (self._directory.path / name).exists():
+                raise AlreadyInitialised(f"{name} is there, of a keyring that is not")
+        if self.store.present():
+            raise AlreadyInitialised("there is a backup")
+        if not self._recipients:
+            raise ConfigInvalid("no [[operator]]: nobody could ever unlock this host")
+        with self._session(attach=False) as tpm:
+            if tpm is not None:
+                self._write_pin(tpm.enrol())
+            try:
+                return self._change(draft, generation=1, tpm=tpm).keyring
+            except StorageFailed:
+                # Nothing was sealed and no key was served: take the pin back, so that init can be tried again.
+                with contextlib.suppress(StorageFailed):
+                    self._directory.remove(PIN)
+                raise
+
+    def unseal(self, amend: Callable[[Draft], None]) -> Unsealed:
+        """Open the backup with the sealed copy, once; the sealed copy is dead afterwards, and that is proved.
+
+        ``amend``: what else is to change in the same write. Raises `SealRefused` and the Tpm*, backup and storage errors; the
+        keys are then not given.
+        """
+        copy = self._sealed_copy()
+        with self._session() as tpm:
+            if tpm is None:
+                raise SealRefused(LockReason.TPM_MISSING, "there is a sealed copy, and no TPM is configured")
+            with tpm.unseal(copy, self.now) as file_key:
+                opened = self._decrypt(file_key)
+            with _closing(opened):
+                self._require_current(opened, tpm)
+                draft = Draft(opened)
+                amend(draft)
+                fresh = self._change(draft, generation=opened.metadata.generation + 1, tpm=tpm).keyring
+            try:
+                # Here a counter that lags behind is fatal: the copy would still work in this boot.
+                if self.counter_behind:
+                    raise TpmFailed("the counter could not be incremented after the sealed copy was used")
+                proof = tpm.proof_of_destruction(copy)
+            except BaseException:
+                fresh.close()
+                raise
+        return Unsealed(fresh, proof)
+
+    def header(self) -> Header:
+        """The header of the backup on disk. Raises `BackupDamaged`, `NotInitialised`."""
+        try:
+            return parse_header(self.store.read())
+        except AgeHeaderInvalid as err:
+            raise BackupDamaged(f"header: {err.detail}") from err
+
+    def unlock(
+        self, file_key: SecretBuffer, amend: Callable[[Draft], None], *, accept_rollback: bool
+    ) -> Keyring:
+        """Open the backup with the file key that an operator's answer gave.
+
+        The backup is written anew, so that every sealed copy is dead. With ``accept_rollback`` an older backup is taken as it
+        is, another TPM is pinned, and a TPM that does not answer is done without: then nothing can be changed until it does.
+        """
+        opened = self._decrypt(file_key)
+        with _closing(opened):
+            try:
+                return self._adopt(opened, amend, accept_rollback=accept_rollback)
+            except (TpmMissing, TpmFailed, TpmLockout):
+                if not accept_rollback:
+                    raise
+        return self._decrypt(file_key)
+
+    def _adopt(self, opened: Keyring, amend: Callable[[Draft], None], *, accept_rollback: bool) -> Keyring:
+        with self._session(attach=False) as tpm:
+            if tpm is not None:
+                try:
+                    self._attach(tpm)
+                    self._require_current(opened, tpm)
+                except TpmChanged:
+                    if not accept_rollback:
+                        raise
+                    self._write_pin(tpm.enrol())
+                except Rollback:
+                    if not accept_rollback:
+                        raise
+            draft = Draft(opened)
+            amend(draft)
+            return self._change(draft, generation=opened.metadata.generation + 1, tpm=tpm).keyring
+
+    # --- changing
+
+    def change(self, current: Keyring, draft: Draft, *, forget_previous: bool = False) -> Written:
+        """Make a change durable, and give the keyring that holds it. A sealed copy follows the change.
+
+        Raises `StorageFailed` and the Tpm* errors; then nothing has changed.
+        """
+        return self._rewrite(current, draft, plan=self.plan, forget_previous=forget_previous)
+
+    def seal(self, current: Keyring, kind: SealKind, deadline: int) -> Written:
+        """Write the backup anew and seal its file key. Raises as `change` does, and `TpmMissing` without a TPM."""
+        if self._tpm is None:
+            raise TpmMissing("no TPM is configured, so nothing can be sealed")
+        return self._rewrite(current, Draft(current), plan=SealPlan(kind, self.now, deadline))
+
+    def destroy_sealed(self, current: Keyring) -> Written:
+        """Destroy the sealed copy: on disk, and, by the counter, in every copy of the disk."""
+        self._directory.remove(SEALED)
+        return self._rewrite(current, Draft(current), plan=None)
+
+    def discard_refused(self) -> None:
+        """Unlink a sealed copy that no TPM will ever give again."""
+        self._directory.remove(SEALED)
+
+    def _rewrite(
+        self, current: Keyring, draft: Draft, *, plan: SealPlan | None, forget_previous: bool = False
+    ) -> Written:
+        with self._session() as tpm:
+            if tpm is not None:
+                self._require_current(current, tpm)
+            generation = current.metadata.generation + 1
+            return self._change(
+                draft, generation=generation, tpm=tpm, plan=plan, forget_previous=forget_previous
+            )
+
+    def _change(
+        self,
+        draft: Draft,
+        *,
+        generation: int,
+        tpm: "Tpm | None",
+        plan: SealPlan | None = None,
+        forget_previous: bool = False,
+    ) -> Written:
+        value = None if tpm is None else tpm.counter() + 1
+        fresh = draft.build(generation=generation, counter=value, now=self.now)
+        try:
+            with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
+                data = encrypt(fresh.buffer.view, file_key, self._recipients)
+                self._prove_readable(data, file_key, fresh)
+                self.store.write(data, forget_previous=forget_previous)
+                # The change has happened. What fails from here on is reported, and does not undo it.
+                self._advance(tpm, value)
+                return Written(fresh, self._follow(tpm, file_key, value, plan))
+        except BaseException:
+            fresh.close()
+            raise
+
+    def _prove_readable(self, data: bytes, file_key: SecretBuffer, fresh: Keyring) -> None:
+        """Read back what is about to replace the only backup."""
+        with decrypt_payload(data, parse_header(data), file_key) as again:
+            if again != fresh.buffer:
+                raise StorageFailed("the backup did not read back as it was written")
+
+    def _advance(self, tpm: "Tpm | None", value: int | None) -> None:
+        if tpm is None or value is None:
+            self.counter_behind = False
+            return
+        try:
+            self.counter_behind = tpm.increment() != value
+        except (TpmMissing, TpmFailed, TpmLockout):
+            self.counter_behind = True
+
+    def _follow(
+        self, tpm: "Tpm | None", file_key: SecretBuffer, value: int | None, plan: SealPlan | None
+    ) -> UnsealerdError | None:
+        """Seal the new file key where a sealed copy is wanted; unlink the old copy, which is dead, in any case."""
+        self.plan = None
+        try:
+            self._directory.remove(SEALED)
+            if plan is None:
+                return None
+            if tpm is None or value is None or self._tpm is None or self.counter_behind:
+                return TpmFailed("the counter could not be incremented, so nothing was sealed")
+            copy = tpm.seal(
+                file_key,
+                kind=plan.kind,
+                pcrs=self._tpm.pcrs,
+                counter=value,
+                extra_resets=self._tpm.extra_resets,
+                created=plan.created,
+                deadline=plan.deadline,
+            )
+            self._directory.write(SEALED, copy.encode())
+        except (StorageFailed, TpmMissing, TpmFailed, TpmLockout) as err:
+            return err
+        self.plan = plan
+        return None
+
+    # --- parts
+
+    def _decrypt(self, file_key: SecretBuffer) -> Keyring:
+        data = self.store.read()
+        try:
+            plain = decrypt_payload(data, parse_header(data), file_key)
+        except (AgeHeaderInvalid, AgeMacInvalid, AgePayloadInvalid) as err:
+            raise BackupDamaged(f"{err.name}: {err.detail}") from err
+        try:
+            opened = keyring_format.parse(plain)
+        except KeyringInvalid as err:
+            plain.close()
+            raise BackupDamaged(f"{err.name}: {err.detail}") from err
+        self.store.opened(data)
+        return opened
+
+    def _require_current(self, opened: Keyring, tpm: "Tpm") -> None:
+        """Raises `Rollback` or `TpmChanged`. Completes a write that was cut off before its increment."""
+        value = opened.metadata.counter
+        if value is None:
+            raise TpmChanged("the backup was written without a TPM")
+        counter = tpm.counter()
+        if value == counter + 1:
+            counter = tpm.increment()
+        if value < counter:
+            raise Rollback(f"the backup has the value {value}, the TPM's counter is at {counter}")
+        if value > counter:
+            raise TpmChanged(f"the backup has the value {value}, the TPM's counter is only at {counter}")
+
+    @contextlib.contextmanager
+    def _session(self, *, attach: bool = True) -> Iterator["Tpm | None"]:
+        """The TPM, opened for one operation, so that nothing depends on it in between. None without a TPM."""
+        if self._tpm is None:
+            yield None
+            return
+        from unsealerd.tpm.device import Tpm
+
+        tpm = Tpm.open(self._tpm.tcti)
+        try:
+            if attach:
+                self._attach(tpm)
+            yield tpm
+        finally:
+            tpm.close()
+
+    def _attach(self, tpm: "Tpm") -> None:
+        pin = self.pin()
+        if pin is None:
+            raise TpmChanged(f"{PIN} is missing: no TPM was pinned for this backup")
+        tpm.attach(pin)
+
+    def pin(self) -> "TpmPin | None":
+        """What was pinned at initialisation. Raises `TpmChanged` if it cannot be read."""
+        from unsealerd.tpm.pin import TpmPin
+
+        data = self._directory.read(PIN, _SMALL_FILE)
+        if data is None:
+            return None
+        try:
+            return msgspec.json.decode(data, type=TpmPin)
+        except (msgspec.DecodeError, RecursionError) as err:
+            raise TpmChanged(f"{PIN}: {err}") from err
+
+    def reset_count(self) -> int | None:
+        """The TPM's count of resets, or None where there is none to ask."""
+        try:
+            with self._session(attach=False) as tpm:
+                return None if tpm is None else tpm.facts().reset_count
+        except (TpmMissing, TpmFailed, TpmLockout):
+            return None
+
+    def tpm_facts(self) -> "tuple[TpmFacts, int | None]":
+        """The TPM as it is now, and the counter, if there is one yet. Raises the Tpm* errors."""
+        with self._session(attach=False) as tpm:
+            if tpm is None:
+                raise TpmMissing("no TPM is configured")
+            pin = self.pin()
+            if pin is None:
+                return tpm.facts(), None
+            tpm.attach(pin)
+            return tpm.facts(), tpm.counter()
+
+    def _write_pin(self, pin: "TpmPin") -> None:
+        self._directory.write(PIN, msgspec.json.encode(pin))
+
+    def _sealed_copy(self) -> "SealedCopy":
+        from unsealerd.tpm.sealed import SealedCopy
+
+        data = self._directory.read(SEALED, _SMALL_FILE)
+        if data is None:
+            raise SealRefused(LockReason.UNEXPECTED_REBOOT, "there is no sealed copy")
+        return SealedCopy.decode(data)
+
+
+@contextlib.contextmanager
+def _closing(keyring: Keyring) -> Iterator[Keyring]:
+    try:
+        yield keyring
+    finally:
+        keyring.close()

@@ -1,0 +1,97 @@
+"""What `unsealctl status` shows."""
+
+import msgspec
+
+from unsealerd.core.secret import SecretMemoryKind
+from unsealerd.daemon import machine
+from unsealerd.daemon.host import Host
+from unsealerd.daemon.store import BACKUP
+from unsealerd.daemon.unlocking import SHARES_NEEDED, Conversations
+from unsealerd.errors import TpmChanged, TpmFailed, TpmLockout, TpmMissing, UnsealerdError
+from unsealerd.model import State
+
+
+class Report:
+    def __init__(
+        self, host: Host, conversations: Conversations, secret_memory: SecretMemoryKind, warnings: list[str]
+    ) -> None:
+        """``warnings``: what was found at the start and does not change, a sentence each."""
+        self._host = host
+        self._conversations = conversations
+        self._secret_memory = secret_memory
+        self._warnings = warnings
+
+    async def status(self) -> dict[str, object]:
+        """Stable names; the first nine in the order of the contract."""
+        host = self._host
+        unlocked = host.state is State.UNLOCKED
+        return {
+            "state": host.state.value,
+            "lock_reason": host.lock_reason.value if host.lock_reason is not None else None,
+            "since": host.since,
+            "generation": host.last_generation,
+            "keys": self._keys(),
+            "tpm": await self._tpm(),
+            "seal": self.seal(),
+            "sessions": self._conversations.describe(),
+            "shares": {"present": SHARES_NEEDED if unlocked else 0, "needed": SHARES_NEEDED},
+            "lock_detail": host.lock_detail,
+            "operators": [operator.name for operator in host.operators],
+            "backup": {
+                "path": str(host.config.daemon.state_dir / BACKUP),
+                "written": host.keeper.store.written_at,
+            },
+            "boot_id": machine.boot_id(),
+            "host_name": machine.host_name(),
+            "secret_memory": self._secret_memory.value,
+            "warnings": [*self._warnings, *self._unpromised()],
+        }
+
+    def seal(self) -> dict[str, object]:
+        plan = self._host.keeper.plan
+        settings = self._host.config.seal
+        return {
+            "sealed": plan is not None,
+            "kind": plan.kind.value if plan is not None else None,
+            "created": plan.created if plan is not None else None,
+            "deadline": (plan.deadline or None) if plan is not None else None,
+            "on": [kind.value for kind in settings.on],
+            "extra_resets": settings.extra_resets,
+        }
+
+    def _keys(self) -> list[str]:
+        keyring = self._host.keyring
+        if keyring is None:
+            return sorted(self._host.config.keys)
+        return [key.name for key in keyring.metadata.keys]
+
+    async def _tpm(self) -> dict[str, object]:
+        tpm = self._host.config.tpm
+        if tpm.tcti is None:
+            return {"present": False, "tcti": "none", "pcrs": list(tpm.pcrs), "error": None}
+        report: dict[str, object] = {"present": True, "tcti": tpm.tcti, "pcrs": list(tpm.pcrs), "error": None}
+        try:
+            facts, counter = await self._host.inspect(self._host.keeper.tpm_facts)
+        except UnsealerdError as err:
+            report["error"] = err.name
+            report["present"] = not isinstance(err, TpmMissing)
+            if not isinstance(err, TpmMissing | TpmFailed | TpmLockout | TpmChanged):
+                raise
+        else:
+            report |= msgspec.to_builtins(facts)
+            report["counter"] = counter
+            report["counter_behind"] = self._host.keeper.counter_behind
+        return report
+
+    def _unpromised(self) -> list[str]:
+        """What this host cannot promise."""
+        warnings: list[str] = []
+        if self._host.config.tpm.tcti is None:
+            warnings.append(
+                "no TPM: every reboot needs an operator, and an older backup put back is not noticed"
+            )
+        if self._secret_memory is not SecretMemoryKind.MEMFD_SECRET:
+            warnings.append("no memfd_secret: keys are in locked memory that root and the kernel can read")
+        if self._host.keeper.counter_behind:
+            warnings.append("the TPM's counter is behind the backup: it is tried again at the next change")
+        return warnings
