@@ -22,7 +22,7 @@ result opens one stanza of one generation of the backup.
 import os
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from unsealerd.core.secret import SecretBuffer
+from unsealerd.core.secret import SecretBuffer, fill_random
 from unsealerd.errors import BadAnswer, BadPoint, SessionExpired
 from unsealerd.model import Curve
 
@@ -100,10 +100,10 @@ class Blinding:
         match self.curve:
             case Curve.P256:
                 scalar = int.from_bytes(unblinding.view, "big")
-                return _p256_times(scalar, _lift(answer))
+                return SecretBuffer.copy_of(_p256_times(scalar, _lift(answer)))
             case Curve.X25519:
                 validate_point(Curve.X25519, answer)
-                return _x25519(unblinding.view, answer)
+                return SecretBuffer.copy_of(_x25519(unblinding.view, answer))
 
     def close(self) -> None:
         """Wipe the scalar. A second call does nothing."""
@@ -128,16 +128,17 @@ class Blinding:
 
 
 def _draw_p256(point: bytes) -> tuple[bytes, SecretBuffer]:
+    """The blinded point, and the inverse of the scalar, big endian."""
+    secret = SecretBuffer(FIELD_SIZE)
     scalar = 0
     # Drawing again, not reducing: each scalar is as likely as any other (FIPS 186-5 section A.2.2).
     while not 0 < scalar < _P256_ORDER:
-        with SecretBuffer.random(FIELD_SIZE) as drawn:
-            scalar = int.from_bytes(drawn.view, "big")
-    with _p256_times(scalar, _p256_public(point)) as x:
-        sign = b"\x03" if os.urandom(1)[0] & 1 else b"\x02"
-        blinded = _p256_public(sign + bytes(x.view))  # the blinded point is public: no secret memory
-    unblinding = SecretBuffer.copy_of(pow(scalar, -1, _P256_ORDER).to_bytes(FIELD_SIZE, "big"))
-    return _uncompressed(blinded), unblinding
+        fill_random(secret.view)
+        scalar = int.from_bytes(secret.view, "big")
+    sign = b"\x03" if os.urandom(1)[0] & 1 else b"\x02"
+    blinded = _p256_public(sign + _p256_times(scalar, _p256_public(point)))
+    secret.view[:] = pow(scalar, -1, _P256_ORDER).to_bytes(FIELD_SIZE, "big")
+    return _uncompressed(blinded), secret
 
 
 def _p256_public(point: bytes) -> "EllipticCurvePublicKey":
@@ -167,37 +168,38 @@ def _lift(answer: bytes) -> "EllipticCurvePublicKey":
             raise BadAnswer("an answer of another length than a coordinate or a point")
 
 
-def _p256_times(scalar: int, public: "EllipticCurvePublicKey") -> SecretBuffer:
+def _p256_times(scalar: int, public: "EllipticCurvePublicKey") -> bytes:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     # The result has the size of the field, with its leading zeros (SEC 1 section 3.3.1).
-    return SecretBuffer.copy_of(ec.derive_private_key(scalar, ec.SECP256R1()).exchange(ec.ECDH(), public))
+    return ec.derive_private_key(scalar, ec.SECP256R1()).exchange(ec.ECDH(), public)
 
 
 # --- X25519
 
 
 def _draw_x25519(point: bytes) -> tuple[bytes, SecretBuffer]:
+    """The blinded point, and the inverse of the scalar in clamped form, little endian."""
+    secret = SecretBuffer(FIELD_SIZE)
     while True:
-        with SecretBuffer.random(FIELD_SIZE) as drawn:
-            drawn.view[0] &= 0xF8
-            drawn.view[31] = drawn.view[31] & 0x7F | 0x40
-            scalar = int.from_bytes(drawn.view, "little")
-            inverse = pow(scalar, -1, _X25519_ORDER)
-            # The k below 8 that makes the three low bits zero; L is odd. Adding 8·L would leave the clamped range.
-            k = -inverse * pow(_X25519_ORDER, -1, 8) % 8
-            clamped = inverse + k * _X25519_ORDER
-            if not 1 << 254 <= clamped < 1 << 255:
-                continue
-            with _x25519(drawn.view, point) as blinded:
-                return bytes(blinded.view), SecretBuffer.copy_of(clamped.to_bytes(FIELD_SIZE, "little"))
+        fill_random(secret.view)
+        secret.view[0] &= 0xF8
+        secret.view[31] = secret.view[31] & 0x7F | 0x40
+        inverse = pow(int.from_bytes(secret.view, "little"), -1, _X25519_ORDER)
+        # The k below 8 that makes the three low bits zero; L is odd. Adding 8·L would leave the clamped range.
+        k = -inverse * pow(_X25519_ORDER, -1, 8) % 8
+        clamped = inverse + k * _X25519_ORDER
+        if 1 << 254 <= clamped < 1 << 255:
+            blinded = _x25519(secret.view, point)
+            secret.view[:] = clamped.to_bytes(FIELD_SIZE, "little")
+            return blinded, secret
 
 
-def _x25519(scalar: bytes | memoryview, point: bytes) -> SecretBuffer:
+def _x25519(scalar: bytes | memoryview, point: bytes) -> bytes:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
     try:
         private = X25519PrivateKey.from_private_bytes(scalar)
-        return SecretBuffer.copy_of(private.exchange(X25519PublicKey.from_public_bytes(point)))
+        return private.exchange(X25519PublicKey.from_public_bytes(point))
     except ValueError as err:
         raise BadPoint("an X25519 point of small order") from err

@@ -11,6 +11,9 @@ from unsealerd.model import Curve, State
 
 INTERFACE = "io.unsealerd.Unlock"
 
+ERROR_METADATA = "unsealerd-error"
+"""The key of gRPC's trailing metadata under which the name of an error travels."""
+
 NETWORK_ERRORS: frozenset[type[errors.UnsealerdError]] = frozenset(
     {
         errors.AuditUnwritable,

@@ -60,6 +60,8 @@ def _is_unit(name: str) -> bool:
 
 def _unit_of_path(path: str) -> str | None:
     """The first component below the slices, if it is a unit."""
+    if not path.startswith("/"):
+        return None
     for part in path.split("/")[1:]:
         if part == "..":
             return None  # outside of our cgroup namespace: the names there are not our service manager's
@@ -120,10 +122,10 @@ def peer_uid(sock: socket.socket | TransportSocket) -> int:
     return int(_UCRED.unpack(credentials)[1])
 
 
-def _peer_groups(sock: socket.socket | TransportSocket, room: int = 64) -> frozenset[int]:
-    """SO_PEERGROUPS. `room` is for how many groups the quick way has space (socket.getsockopt takes 1024 bytes)."""
+def _peer_groups(sock: socket.socket | TransportSocket) -> frozenset[int]:
+    """SO_PEERGROUPS. socket.getsockopt() has room for 256 groups; who has more is asked for through libc."""
     try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, room * 4)
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
     except OSError as err:
         if err.errno != errno.ERANGE:
             raise
@@ -186,7 +188,7 @@ class Peer:
         except (OSError, StopIteration) as err:
             if isinstance(err, OSError) and err.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # ours, not the caller's
-            raise CallerChanged("the process behind the connection ended") from err
+            raise CallerChanged("the process behind the connection ended, or /proc hides it") from err
 
     @classmethod
     def _of(cls, sock: socket.socket | TransportSocket, credentials: bool, proc: str) -> Self:

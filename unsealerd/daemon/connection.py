@@ -78,13 +78,15 @@ class Connection(asyncio.BufferedProtocol):
         self._collecting = False
         self._stream: Stream | None = None
         self._opening: Interface | None = None  # set while a streaming method's handler runs
-        self._task: asyncio.Future[Result] | None = None
+        self.task: asyncio.Future[Result] | None = None
         # The connection's own buffer; whole messages and a part of one are in held[:filled], without NUL before `scanned`.
         self._held: bytearray | None = None
         self._filled = 0
         self._scanned = 0
         self._reading = True
         self._ended = False  # the client sends nothing more
+        self._gone = False  # nor does it read
+        self._fd = -1
         self._message_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -93,11 +95,6 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def closed(self) -> bool:
         return bool(self._blocked & _CLOSED)
-
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is being prepared (an open stream does not count)."""
-        return bool(self._blocked & _BUSY) and self._stream is None
 
     def stream(self) -> Stream:
         """Answer the call at hand with any number of messages. Only in the handler of a method with ``streams``."""
@@ -137,7 +134,7 @@ class Connection(asyncio.BufferedProtocol):
         self._blocked |= _CLOSED
         self._held = None
         self._cancel_timers()
-        if self._ended:
+        if self._fd >= 0:
             self._server.hangups.forget(self._fd)
         stream, self._stream = self._stream, None
         with self._guard:
@@ -168,11 +165,17 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._ended = True
-        self._fd: int = self._transport.get_extra_info("socket").fileno()
-        self._server.hangups.watch(self._fd, self.abort)
+        self._fd = self._transport.get_extra_info("socket").fileno()
+        self._server.hangups.watch(self._fd, self._hung_up)
         if not self._blocked:
             self._shut()
         return True  # what was asked is answered first; `_resume` closes
+
+    def _hung_up(self) -> None:
+        """Nobody will read an answer. What was sent before is still taken up: it may be ``oneway``."""
+        self._gone = True
+        if self._stream is not None or self._blocked & _UNSENT:
+            self.abort()
 
     def pause_writing(self) -> None:
         self._blocked |= _UNSENT
@@ -259,6 +262,8 @@ class Connection(asyncio.BufferedProtocol):
             self._unstream()
         elif never or result is not None:
             raise TypeError("a streaming handler opens its stream and returns None")
+        elif self._gone:
+            self.abort()
 
     def _unstream(self) -> None:
         if self._stream is not None:
@@ -268,7 +273,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _wait_for(self, task: asyncio.Future[Result], call: Call, entry: "Entry") -> None:
         """Answer when the awaitable is done. Nothing of it ran yet, if it is a coroutine: look at the caller first."""
-        self._task = task
+        self.task = task
         try:
             self.peer.check()
         except CallerChanged as error:
@@ -280,7 +285,7 @@ class Connection(asyncio.BufferedProtocol):
         task.add_done_callback(lambda done: self._answered(done, call, entry))
 
     def _answered(self, task: asyncio.Future[Result], call: Call, entry: "Entry") -> None:
-        self._task = None
+        self.task = None
         self._blocked &= ~_BUSY
         with self._guard:
             if task.cancelled():

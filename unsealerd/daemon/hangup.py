@@ -36,6 +36,9 @@ class HangUps:
                 gone()
 
     def close(self) -> None:
+        """A second call does nothing."""
+        if self._epoll.closed:
+            return
         self._watched.clear()
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()

@@ -17,3 +17,5 @@ class Limits:
     stall_seconds: float = 30.0  # how long it may stay above that
     messages_per_turn: int = 32  # of one connection, before the others have their turn
     read_bytes: int = 16 * 1024  # in one read
+    accepts_per_turn: int = 32
+    retry_seconds: float = 1.0  # until the next accept after running out of descriptors

@@ -4,6 +4,7 @@ Small and of our own because it is on the path of every password check. https://
 """
 
 import asyncio
+import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from unsealerd.daemon.stream import Stream
 from unsealerd.errors import LimitExceeded
 
 __all__ = ["Connection", "Empty", "Info", "Interface", "Limits", "Method", "Stream", "VarlinkServer"]
+
+_log = logging.getLogger(__name__)
 
 _SERVICE = "org.varlink.service"
 
@@ -82,7 +85,8 @@ class VarlinkServer:
         self._on_disconnect = on_disconnect
         self._peer_of = peer_of
         self._listeners: list[Listener] = []
-        self._servers: list[asyncio.AbstractServer] = []
+        self._socks: list[socket.socket] = []
+        self._joining: set[asyncio.Task[Any]] = set()  # accepted, and not connections yet
         service = Interface(
             _SERVICE,
             {
@@ -108,17 +112,44 @@ class VarlinkServer:
         await self.adopt(listener.sock)
 
     async def adopt(self, sock: socket.socket) -> None:
-        """Serve a socket that listens already (socket activation)."""
+        """Serve a socket that listens already (socket activation). It is closed by `close`."""
         sock.setblocking(False)
-        self._servers.append(await self.loop.create_unix_server(lambda: Connection(self), sock=sock))
+        self._socks.append(sock)
+        self.loop.add_reader(sock, self._accept, sock)
+
+    def _accept(self, sock: socket.socket) -> None:
+        for _ in range(self.limits.accepts_per_turn):
+            try:
+                accepted, _ = sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as err:
+                # Out of descriptors or memory. It would fail again at once: the others in the queue have to wait.
+                _log.warning("accept_failed errno=%d", err.errno or 0)
+                self.loop.remove_reader(sock)
+                self.loop.call_later(self.limits.retry_seconds, self._accept_again, sock)
+                return
+            joining = self.loop.create_task(
+                self.loop.connect_accepted_socket(lambda: Connection(self), accepted)
+            )
+            self._joining.add(joining)
+            joining.add_done_callback(self._joining.discard)
+
+    def _accept_again(self, sock: socket.socket) -> None:
+        if sock.fileno() >= 0:
+            self.loop.add_reader(sock, self._accept, sock)
 
     async def close(self, grace: float = 5.0) -> None:
         """Stop listening, give answers that are being prepared `grace` seconds, then close all connections."""
+        for sock in self._socks:
+            if sock.fileno() >= 0:
+                self.loop.remove_reader(sock)
+                sock.close()
         for listener in self._listeners:
             listener.close()
-        for server in self._servers:
-            server.close()
-        tasks = {connection._task for connection in self.connections if connection._task is not None}
+        if self._joining:
+            await asyncio.wait(self._joining)
+        tasks = {connection.task for connection in self.connections if connection.task is not None}
         if tasks:
             await asyncio.wait(tasks, timeout=grace)
             await asyncio.sleep(0)  # their answers are written by callbacks, which run in this turn
@@ -148,23 +179,31 @@ class VarlinkServer:
         connection.admitted = True
         self.connections.add(connection)
         self._per_uid[peer.caller.uid] += 1
-        if self._on_connect is not None:
-            self._on_connect(connection)
+        try:
+            if self._on_connect is not None:
+                self._on_connect(connection)
+        except BaseException:
+            self._release(connection)
+            raise
 
     def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
         if not connection.admitted:
             return
+        try:
+            if self._on_disconnect is not None:
+                self._on_disconnect(connection)
+        finally:
+            self._release(connection)
+
+    def _release(self, connection: Connection) -> None:
         connection.admitted = False
         self.connections.discard(connection)
         uid = connection.peer.caller.uid
         self._per_uid[uid] -= 1
         if not self._per_uid[uid]:
             del self._per_uid[uid]
-        try:
-            if self._on_disconnect is not None:
-                self._on_disconnect(connection)
-        finally:
-            connection.peer.close()
+        connection.peer.close()
 
     def refusal(self, call: Call, entry: Entry | None) -> bytes | None:
         """The error for a call that no handler is to see, or None."""

@@ -98,14 +98,12 @@ class P256TagRecipient:
         HPKE's OpenBase from the x coordinate on: RFC 9180 sections 4.1 (Decap), 5.1 (KeySchedule), 5.2 (Open).
         """
         _, enc = _arguments(stanza)
-        with (
-            _extract_and_expand(shared, enc + self.uncompressed) as secret,
-            SecretBuffer(KEY_SIZE) as key,
-            SecretBuffer(_NONCE_SIZE) as base_nonce,
-        ):
-            _key_schedule(secret, key, base_nonce)
+        with SecretBuffer(KEY_SIZE) as kem_secret, SecretBuffer(KEY_SIZE + _NONCE_SIZE) as schedule:
+            key, base_nonce = schedule.view[:KEY_SIZE], schedule.view[KEY_SIZE:]
+            _extract_and_expand(shared, enc + self.uncompressed, kem_secret.view)
+            _key_schedule(kem_secret.view, key, base_nonce)
             # The first message's nonce is base_nonce XOR 0.
-            return unwrap_file_key(stanza.body, key, base_nonce.view)
+            return unwrap_file_key(stanza.body, key, base_nonce)
 
     def _key(self) -> "EllipticCurvePublicKey":
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -129,29 +127,27 @@ def _arguments(stanza: Stanza) -> tuple[bytes, bytes]:
     return tag, enc
 
 
-def _extract_and_expand(shared: SecretBuffer, kem_context: bytes) -> SecretBuffer:
-    """The KEM's shared secret, 32 bytes: ExtractAndExpand of RFC 9180 section 4.1, in one HKDF."""
+def _extract_and_expand(shared: SecretBuffer, kem_context: bytes, kem_secret: memoryview) -> None:
+    """Fill in the KEM's shared secret: ExtractAndExpand of RFC 9180 section 4.1, in one HKDF."""
     label = _labelled_input(_KEM_SUITE, b"eae_prk")
-    info = _labelled_info(_KEM_SUITE, b"shared_secret", kem_context, KEY_SIZE)
-    secret = SecretBuffer(KEY_SIZE)
+    info = _labelled_info(_KEM_SUITE, b"shared_secret", kem_context, len(kem_secret))
     with SecretBuffer(len(label) + len(shared)) as material:
         material.view[: len(label)] = label
         material.view[len(label) :] = shared.view
-        HKDF(SHA256(), KEY_SIZE, b"", info).derive_into(material.view, secret.view)
-    return secret
+        HKDF(SHA256(), len(kem_secret), b"", info).derive_into(material.view, kem_secret)
 
 
-def _key_schedule(shared_secret: SecretBuffer, key: SecretBuffer, base_nonce: SecretBuffer) -> None:
-    """Fill key and nonce: KeySchedule of RFC 9180 section 5.1, mode_base, without a pre-shared key."""
+def _key_schedule(kem_secret: memoryview, key: memoryview, base_nonce: memoryview) -> None:
+    """Fill in key and nonce: KeySchedule of RFC 9180 section 5.1, mode_base, without a pre-shared key."""
     psk_id_hash = hmac.digest(b"", _labelled_input(_HPKE_SUITE, b"psk_id_hash"), "sha256")
     info_hash = hmac.digest(b"", _labelled_input(_HPKE_SUITE, b"info_hash") + _INFO, "sha256")
     context = _MODE_BASE + psk_id_hash + info_hash
     # The shared secret is the salt here. `hmac.digest` takes it from secret memory but gives bytes: the pseudo-random key
     # of one stanza, gone when this function returns.
-    secret = hmac.digest(shared_secret.view, _labelled_input(_HPKE_SUITE, b"secret"), "sha256")
+    secret = hmac.digest(kem_secret, _labelled_input(_HPKE_SUITE, b"secret"), "sha256")
     for label, out in ((b"key", key), (b"base_nonce", base_nonce)):
         info = _labelled_info(_HPKE_SUITE, label, context, len(out))
-        HKDFExpand(SHA256(), len(out), info).derive_into(secret, out.view)
+        HKDFExpand(SHA256(), len(out), info).derive_into(secret, out)
 
 
 def _labelled_input(suite: bytes, label: bytes) -> bytes:

@@ -28,15 +28,15 @@ def derive(secret: memoryview, salt: bytes, info: bytes) -> SecretBuffer:
     return key
 
 
-def wrap_file_key(file_key: SecretBuffer, key: SecretBuffer) -> bytes:
+def wrap_file_key(file_key: SecretBuffer, key: memoryview) -> bytes:
     if len(file_key) != FILE_KEY_SIZE:
         raise ValueError("a file key is 16 bytes")
     body = bytearray(WRAPPED_SIZE)
-    ChaCha20Poly1305(key.view).encrypt_into(_ZERO_NONCE, file_key.view, None, body)
+    ChaCha20Poly1305(key).encrypt_into(_ZERO_NONCE, file_key.view, None, body)
     return bytes(body)
 
 
-def unwrap_file_key(body: bytes, key: SecretBuffer, nonce: bytes | memoryview = _ZERO_NONCE) -> SecretBuffer:
+def unwrap_file_key(body: bytes, key: memoryview, nonce: bytes | memoryview = _ZERO_NONCE) -> SecretBuffer:
     """The file key. Raises ``AgeNoMatch`` if the body was made with another key.
 
     The length of the body was checked before: one ciphertext that opens under many keys (a partitioning oracle)
@@ -44,7 +44,7 @@ def unwrap_file_key(body: bytes, key: SecretBuffer, nonce: bytes | memoryview = 
     """
     file_key = SecretBuffer(FILE_KEY_SIZE)
     try:
-        ChaCha20Poly1305(key.view).decrypt_into(nonce, body, None, file_key.view)
+        ChaCha20Poly1305(key).decrypt_into(nonce, body, None, file_key.view)
     except InvalidTag as err:
         file_key.close()
         raise AgeNoMatch("the stanza was made for another key") from err

@@ -43,7 +43,7 @@ class ScryptIdentity:
             with SecretBuffer(KEY_SIZE) as key:
                 kdf = Scrypt(salt=_SALT_LABEL + salt, length=KEY_SIZE, n=1 << log2_work, r=8, p=1)
                 kdf.derive_into(self._passphrase, key.view)
-                return unwrap_file_key(stanza.body, key)
+                return unwrap_file_key(stanza.body, key.view)
         except MemoryError as err:
             raise LimitExceeded(f"the passphrase needs {1 << log2_work} KiB of memory to check") from err
 

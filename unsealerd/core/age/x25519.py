@@ -57,7 +57,7 @@ class X25519Recipient:
             ) as shared,
             self._wrap_key(share, shared) as key,
         ):
-            return Stanza(STANZA_TYPE, (encode_unpadded(share).decode(),), wrap_file_key(file_key, key))
+            return Stanza(STANZA_TYPE, (encode_unpadded(share).decode(),), wrap_file_key(file_key, key.view))
 
     def ephemeral(self, stanza: Stanza) -> bytes | None:
         """The share, as a point that an identity can be asked about; None for another type of stanza.
@@ -80,7 +80,7 @@ class X25519Recipient:
     def unwrap(self, stanza: Stanza, shared: SecretBuffer) -> SecretBuffer:
         """The file key. Raises ``AgeNoMatch`` if the stanza is for somebody else or ``shared`` is wrong."""
         with self._wrap_key(_share(stanza), shared) as key:
-            return unwrap_file_key(stanza.body, key)
+            return unwrap_file_key(stanza.body, key.view)
 
     def _wrap_key(self, share: bytes, shared: SecretBuffer) -> SecretBuffer:
         return derive(shared.view, share + self.public, _INFO)
