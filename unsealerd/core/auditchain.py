@@ -35,7 +35,7 @@ def verify_line(line: bytes, expected_prev: str, expected_seq: int) -> Record:
         raise AuditBroken(f"record {expected_seq}: longer than {MAX_LINE_BYTES} bytes")
     try:
         record = msgspec.json.decode(line, type=Record)
-    except (msgspec.DecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:
         raise AuditBroken(f"record {expected_seq}: not a JSON object") from err
     digest = record.pop("hash", None)
     if record.get("seq") != expected_seq:

@@ -181,7 +181,7 @@ def _parse_head(view: memoryview) -> tuple[Metadata, int]:
         raise KeyringInvalid("the metadata is cut off")
     try:
         metadata = msgspec.json.decode(text, type=Metadata)
-    except (msgspec.DecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:
         raise KeyringInvalid(f"metadata: {err}") from err
     if _encoder.encode(metadata) != text:
         raise KeyringInvalid("the metadata is not canonical")

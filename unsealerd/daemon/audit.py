@@ -63,7 +63,7 @@ class AuditLog:
             if not isinstance(seq, int) or not isinstance(prev, str):
                 raise AuditBroken("the last record has no number")
             record = verify_line(line, prev, seq)
-        except (msgspec.DecodeError, RecursionError, AuditBroken) as err:
+        except (ValueError, RecursionError, AuditBroken) as err:
             raise AuditUnwritable(f"{self._path}: the last record is damaged: {err}") from err
         self._prev, self._seq = str(record["hash"]), seq
 

@@ -63,8 +63,6 @@ def _unit_of_path(path: str) -> str | None:
     if not path.startswith("/"):
         return None
     for part in path.split("/")[1:]:
-        if part == "..":
-            return None  # outside of our cgroup namespace: the names there are not our service manager's
         name = part.removeprefix("_")  # systemd's cg_unescape()
         if not _SLICE.fullmatch(name):
             return name if _is_unit(name) else None
@@ -91,7 +89,7 @@ def unit_of(cgroup_text: bytes) -> str | None:
         elif controllers == "name=systemd":
             named = path
     if "/.." in f"{unified}{named}":
-        return None
+        return None  # outside of our cgroup namespace: the names there are not our service manager's
     if named is None:
         return None if unified is None else _unit_of_path(unified)
     unit = _unit_of_path(named)
@@ -194,8 +192,6 @@ class Peer:
     def _of(cls, sock: socket.socket | TransportSocket, credentials: bool, proc: str) -> Self:
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, gid = _UCRED.unpack(raw)
-        if pid <= 0:
-            raise CallerChanged("the process behind the connection is not visible here")
         try:
             pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         except OSError as err:

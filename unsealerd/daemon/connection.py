@@ -155,11 +155,9 @@ class Connection(asyncio.BufferedProtocol):
             if self._held is not None:
                 self._filled += nbytes
                 self._resume()
-            elif self._blocked:
-                self._hold(self._server.scratch, 0, nbytes)
             else:
                 scratch = self._server.scratch
-                rest = self._take_up(scratch, 0, nbytes)
+                rest = self._take_up(scratch, 0, nbytes)  # 0 if something is in the way
                 if rest != nbytes:
                     self._hold(scratch, rest, nbytes)
 

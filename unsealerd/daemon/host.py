@@ -243,9 +243,10 @@ class Host:
                 self._refused(err)
 
     async def _first_state(self) -> None:
+        await self._on_worker(self.keeper.finish_initialisation)
         if not self.keeper.store.present():
-            if self.keeper.has_sealed_copy() or await self._on_worker(self.keeper.pin) is not None:
-                raise BackupDamaged("the backup is gone")
+            if leftovers := self.keeper.leftovers():
+                raise BackupDamaged(f"there is {', '.join(leftovers)}, but no backup")
             return
         if not self.keeper.has_sealed_copy():
             remembered = await self._on_worker(self._recall)
@@ -464,7 +465,7 @@ class Host:
             if data is None:
                 return None
             record = msgspec.json.decode(data, type=_RememberedLock)
-        except (StorageFailed, msgspec.DecodeError, RecursionError):
+        except (StorageFailed, ValueError, RecursionError):
             return None
         if record.boot_id != machine.boot_id() or record.reset_count != self.keeper.reset_count():
             return None

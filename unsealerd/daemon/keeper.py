@@ -30,7 +30,7 @@ from unsealerd.core.age import (
 from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
 from unsealerd.core.secret import SecretBuffer
-from unsealerd.daemon.store import BackupStore, DurableDirectory
+from unsealerd.daemon.store import BACKUP, PREVIOUS, BackupStore, DurableDirectory
 from unsealerd.errors import (
     AgeHeaderInvalid,
     AgeMacInvalid,
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 SEALED = "sealed.json"
 PIN = "tpm.json"
+INITIALISING = "initialising"
 _SMALL_FILE = 64 << 10  # bytes
 
 
@@ -121,23 +122,32 @@ class Keeper:
 
     def initialise(self, draft: Draft) -> Keyring:
         """Make the first backup. Raises `AlreadyInitialised`, `ConfigInvalid` and what a change raises."""
-        for name in (PIN, SEALED):
-            if (self._directory.path / name).exists():
-                raise AlreadyInitialised(f"{name} is there, of a keyring that is not")
-        if self.store.present():
-            raise AlreadyInitialised("there is a backup")
+        self.finish_initialisation()
+        if self.leftovers():
+            raise AlreadyInitialised(f"there is {', '.join(self.leftovers())} of a keyring")
         if not self._recipients:
             raise ConfigInvalid("no [[operator]]: nobody could ever unlock this host")
-        with self._session(attach=False) as tpm:
-            if tpm is not None:
-                self._write_pin(tpm.enrol())
-            try:
+        self._directory.write(INITIALISING, b"")
+        try:
+            with self._session(attach=False) as tpm:
+                if tpm is not None:
+                    self._write_pin(tpm.enrol())
                 return self._change(draft, generation=1, tpm=tpm).keyring
-            except StorageFailed:
-                # Nothing was sealed and no key was served: take the pin back, so that init can be tried again.
-                with contextlib.suppress(StorageFailed):
-                    self._directory.remove(PIN)
-                raise
+        finally:
+            with contextlib.suppress(StorageFailed):
+                self.finish_initialisation()
+
+    def finish_initialisation(self) -> None:
+        """Clear up an initialisation that was cut off: without a backup no key was ever given out, and it can be repeated."""
+        if (self._directory.path / INITIALISING).exists():
+            if not self.store.present():
+                self._directory.remove(PIN)
+            self._directory.remove(INITIALISING)
+
+    def leftovers(self) -> tuple[str, ...]:
+        """The files of a keyring that there are."""
+        names = (BACKUP, PREVIOUS, PIN, SEALED)
+        return tuple(name for name in names if (self._directory.path / name).exists())
 
     def unseal(self, amend: Callable[[Draft], None]) -> Unsealed:
         """Open the backup with the sealed copy, once; the sealed copy is dead afterwards, and that is proved.
@@ -364,10 +374,7 @@ class Keeper:
         data = self._directory.read(PIN, _SMALL_FILE)
         if data is None:
             return None
-        try:
-            return msgspec.json.decode(data, type=TpmPin)
-        except (msgspec.DecodeError, RecursionError) as err:
-            raise TpmChanged(f"{PIN}: {err}") from err
+        return TpmPin.decode(data)
 
     def reset_count(self) -> int | None:
         """The TPM's count of resets, or None where there is none to ask."""
@@ -389,7 +396,7 @@ class Keeper:
             return tpm.facts(), tpm.counter()
 
     def _write_pin(self, pin: "TpmPin") -> None:
-        self._directory.write(PIN, msgspec.json.encode(pin))
+        self._directory.write(PIN, pin.encode())
 
     def _sealed_copy(self) -> "SealedCopy":
         from unsealerd.tpm.sealed import SealedCopy

@@ -11,7 +11,7 @@ from unsealerd.core.secret import SecretBuffer
 from unsealerd.errors import BadRequest, NotInitialised, SealRefused, TpmFailed
 from unsealerd.model import LockReason, SealKind
 from unsealerd.tpm import commands, counter, facts, parent, seal
-from unsealerd.tpm.esys import Connection, Esys, verified_name
+from unsealerd.tpm.esys import Connection, Esys
 from unsealerd.tpm.facts import TpmFacts
 from unsealerd.tpm.pin import TpmPin
 from unsealerd.tpm.policy import PCR_COUNT
@@ -82,7 +82,7 @@ class Tpm:
             handle, key = parent.choose(esys)
             try:
                 index_handle, index_name = counter.create(esys, key)
-                pin = TpmPin(handle, verified_name(esys, key).hex(), index_handle, index_name.hex())
+                pin = TpmPin(handle, esys.name(key).hex(), index_handle, index_name.hex())
                 return pin, _Anchors(esys.save(key), esys.save(counter.attach(esys, pin)))
             except BaseException:
                 parent.let_go(esys, handle, key)
@@ -229,7 +229,10 @@ class Tpm:
                 attempt += 1
                 try:
                     with Esys(self._connected()) as esys:
-                        return operation(esys)
+                        try:
+                            return operation(esys)
+                        finally:
+                            self._reclaim_due |= esys.leaked
                 except TpmResponse as err:
                     if not self._prepare_retry(err) or attempt == _ATTEMPTS:
                         raise as_error(err) from err

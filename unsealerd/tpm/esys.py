@@ -15,7 +15,6 @@ from types import ModuleType, TracebackType
 from typing import Any, Self
 
 from unsealerd.errors import ConfigInvalid, NotInstalled, TpmMissing
-from unsealerd.tpm import template
 from unsealerd.tpm.response import TpmResponse
 
 _PACKAGE = "tpm2_pytss"
@@ -114,6 +113,7 @@ class Esys:
     def __init__(self, connection: Connection) -> None:
         self.ffi = connection.ffi
         self.lib = connection.lib
+        self.leaked = False  # something is still loaded, because a flush failed
         self._pointer: Any = self.ffi.new("ESYS_CONTEXT **")
         code = int(self.lib.Esys_Initialize(self._pointer, connection.context[0], self.ffi.NULL))
         if code != 0:
@@ -184,6 +184,11 @@ class Esys:
         return int(found[0])
 
     def name(self, tr: int) -> bytes:
+        """The name of a key or an index.
+
+        The library computes it from the public area that it holds and works with; what the TPM, or something on the
+        bus, stated beside the public area does not count.
+        """
         pointer = self.ffi.new("TPM2B_NAME **")
         self.call("TR_GetName", tr, pointer)
         name = self.owned(pointer)
@@ -203,7 +208,11 @@ class Esys:
 
     def flush(self, tr: int) -> None:
         """TPM2_FlushContext of an object or a session."""
-        self.call("FlushContext", tr)
+        try:
+            self.call("FlushContext", tr)
+        except TpmResponse:
+            self.leaked = True
+            raise
 
     def handles(self, first: int, count: int = _HANDLES_MAX) -> list[int]:
         """TPM2_GetCapability: the handles of the type of `first` that exist, from `first` on."""
@@ -228,18 +237,8 @@ class Esys:
 def saved_public(saved: bytes) -> bytes:
     """The public area (TPMT_PUBLIC) inside what `Esys.save` gave for a key.
 
-    The layout is the library's IESYS_RESOURCE: handle (4), name (2 + n), type of resource (4), TPM2B_PUBLIC. These are the
-    very bytes that the library encrypts the salt of a session to, so that a check of them is a check of what is used.
+    The layout is the library's IESYS_RESOURCE: handle (4), name (2 + n), type of resource (4), TPM2B_PUBLIC.
     """
     name_size = int.from_bytes(saved[4:6], "big")
     public = saved[4 + 2 + name_size + 4 :]
     return public[2 : 2 + int.from_bytes(public[:2], "big")]
-
-
-def verified_name(esys: Esys, key: int) -> bytes:
-    """The name of a key, computed here from the public area that the library holds.
-
-    The TPM's own statement of the name is not enough: the answer to TPM2_ReadPublic is not authenticated, and could hold
-    the pinned name beside the public area of somebody else.
-    """
-    return template.name(saved_public(esys.save(key)))

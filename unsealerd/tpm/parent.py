@@ -4,7 +4,7 @@ import contextlib
 
 from unsealerd.errors import TpmChanged
 from unsealerd.tpm import commands, template
-from unsealerd.tpm.esys import Esys, saved_public, verified_name
+from unsealerd.tpm.esys import Esys, saved_public
 from unsealerd.tpm.pin import TpmPin
 from unsealerd.tpm.response import TpmResponse, is_unknown_handle
 
@@ -33,7 +33,7 @@ def attach(esys: Esys, pin: TpmPin) -> int:
         key = _persistent(esys, pin.parent_handle)
     if key is None:
         raise TpmChanged(f"there is no storage root key at 0x{pin.parent_handle:08x} any more")
-    if verified_name(esys, key).hex() != pin.parent_name:
+    if esys.name(key).hex() != pin.parent_name:
         let_go(esys, pin.parent_handle, key)
         raise TpmChanged("the storage root key is not the one that was pinned: another TPM, or a cleared one")
     return key

@@ -3,7 +3,6 @@
 All integers are big endian; a "sized" field has two bytes of length in front.
 """
 
-import hashlib
 import struct
 
 from unsealerd.tpm.policy import ALG_SHA256, DIGEST_SIZE
@@ -34,8 +33,6 @@ _NV_AUTHREAD = 1 << 18
 _NV_NO_DA = 1 << 25
 COUNTER_ATTRIBUTES = _NV_AUTHREAD | _NV_AUTHWRITE | _NV_OWNERREAD | _NV_NO_DA | _NV_COUNTER
 COUNTER_SIZE = 8
-
-_HASHES = {0x0004: "sha1", 0x000B: "sha256", 0x000C: "sha384", 0x000D: "sha512"}
 
 
 def _sized(data: bytes) -> bytes:
@@ -95,10 +92,3 @@ def is_storage_key(public: bytes) -> bool:
 def counter(handle: int) -> bytes:
     """TPMS_NV_PUBLIC of the counter: handle, name algorithm, attributes, no policy, eight bytes."""
     return struct.pack(">IHIHH", handle, ALG_SHA256, COUNTER_ATTRIBUTES, 0, COUNTER_SIZE)
-
-
-def name(public: bytes) -> bytes:
-    """The name of an object (part 1, 16): its hash algorithm, then the hash of its public area."""
-    algorithm = public[2:4]
-    digest = hashlib.new(_HASHES[int.from_bytes(algorithm, "big")], public, usedforsecurity=True)
-    return algorithm + digest.digest()

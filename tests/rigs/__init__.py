@@ -1,0 +1,1 @@
+"""Test rigs: real parts without the hardware. Nothing here is imported by the package."""

@@ -1,0 +1,167 @@
+"""``unsealctl status``: the state of this host in words, and what to do next."""
+
+from collections.abc import Callable, Mapping
+
+import click
+
+from unsealerd.cli.app import App
+from unsealerd.cli.command import Command
+from unsealerd.cli.fields import objects, optional, required, texts
+from unsealerd.cli.output import print_json, print_table
+from unsealerd.cli.values import rows, worded
+
+_UNLOCK = "an operator unlocks with `unsealctl unlock HOST -i IDENTITY`"
+_NO_TPM = "or unlock with --accept-rollback, once you know why"
+
+REASONS: dict[str, tuple[str, str]] = {
+    "first_boot": ("no keyring was ever opened on this host", _UNLOCK),
+    "unexpected_reboot": ("the machine went down without a planned reboot, so nothing was sealed", _UNLOCK),
+    "not_the_next_boot": (
+        "the sealed copy was made for another boot: the TPM was reset more often than planned",
+        f"{_UNLOCK}; if the firmware always resets twice, raise [seal] extra_resets",
+    ),
+    "pcr_mismatch": (
+        "the boot was measured differently than when it was sealed",
+        f"find out what changed (firmware, boot loader, Secure Boot keys); then {_UNLOCK}",
+    ),
+    "sealed_copy_used": (
+        "the sealed copy was used already, or a later change made it void",
+        f"if nobody put an old disk image back: {_UNLOCK}",
+    ),
+    "sealed_copy_damaged": ("the sealed copy on disk cannot be read", f"look at the disk; {_UNLOCK}"),
+    "tpm_missing": (
+        "no TPM answers where the configuration says there is one",
+        f"look at the firmware's settings and [tpm] tcti; {_UNLOCK}, {_NO_TPM}",
+    ),
+    "tpm_changed": (
+        "this is not the TPM, or not the storage root key, that was pinned at init",
+        f"if the board was replaced or the TPM cleared on purpose: {_UNLOCK} --accept-rollback",
+    ),
+    "tpm_lockout": (
+        "the TPM is in dictionary-attack lockout",
+        f"`tpm2_dictionarylockout -c` clears it; {_UNLOCK}",
+    ),
+    "tpm_failed": (
+        "the TPM answered with an error that no retry cured",
+        f"`journalctl -u unsealerd`; {_UNLOCK}",
+    ),
+    "rollback": (
+        "the backup on disk is older than the TPM's counter says it must be",
+        "put the current backup back; or, if the older one is there on purpose, unlock with --accept-rollback",
+    ),
+    "backup_damaged": (
+        "the backup is missing, unreadable or not what was written",
+        "put a copy back (keyring.age.previous, or an exported one); then an operator unlocks",
+    ),
+    "storage_failed": (
+        "a file could not be written durably, so the keys were not taken into use",
+        f"make room or repair the disk, then restart unsealerd, or {_UNLOCK}",
+    ),
+    "lease_expired": ("the reboot came after the time that the host was armed for", _UNLOCK),
+    "locked_by_admin": ("`unsealctl lock` was run", _UNLOCK),
+}
+"""For each reason why a host is locked: what happened, and what to do."""
+
+_STATES = {
+    "uninitialised": "there is no keyring yet",
+    "locked": "the keys are not in memory; services wait",
+    "unlocked": "the keys are in memory, services are served",
+}
+_NEXT_UNINITIALISED = "declare an operator and a key in the configuration, then: sudo unsealctl init"
+
+
+@click.command(cls=Command)
+@click.pass_obj
+def status(app: App) -> None:
+    """Show the state of this host, and what to do next."""
+    with app.admin() as admin:
+        facts = required(admin.call("io.unsealerd.Admin.Status"), "status", dict)
+    if app.json:
+        print_json(facts)
+    else:
+        print_table(summary(facts))
+
+
+def summary(facts: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The rows of the table: what matters first, then every other fact."""
+    state = required(facts, "state", str)
+    found = [("state", f"{state}: {_STATES[state]}" if state in _STATES else state)]
+    reason = optional(facts, "lock_reason", str)
+    next_step = ""
+    if reason is not None:
+        happened, next_step = REASONS.get(reason, ("", _UNLOCK))
+        found.append(("reason", f"{reason}: {happened}" if happened else reason))
+    detail = optional(facts, "lock_detail", str)
+    if detail:
+        found.append(("detail", detail))
+    found.append(("since", worded("since", facts.get("since"))))
+    if state == "uninitialised":
+        next_step = _NEXT_UNINITIALISED
+    if next_step:
+        found.append(("next", next_step))
+    for name, value in facts.items():
+        if name in _FIRST:
+            continue
+        if name in _WORDED:
+            found += [(name, text) for text in _WORDED[name](facts)]
+        else:
+            found += rows({name: value})
+    return found
+
+
+def _keys(facts: Mapping[str, object]) -> list[str]:
+    names = texts(facts, "keys")
+    shown = names[:_SHOWN_KEYS] + (
+        [f"and {len(names) - _SHOWN_KEYS} more"] if len(names) > _SHOWN_KEYS else []
+    )
+    return [f"{len(names)}: {', '.join(shown)}" if names else "none declared"]
+
+
+def _tpm(facts: Mapping[str, object]) -> list[str]:
+    tpm = required(facts, "tpm", dict)
+    if tpm.get("tcti") == "none":
+        return ["none configured"]
+    error = optional(tpm, "error", str)
+    if error is not None:
+        return [f"{error} at {tpm.get('tcti')}"]
+    known = {name: tpm[name] for name in _TPM_FACTS if tpm.get(name) is not None}
+    pcrs = f"pcrs {' '.join(str(pcr) for pcr in required(tpm, 'pcrs', list))}"
+    return [", ".join([worded("", known), pcrs, *(["in lockout"] if tpm.get("in_lockout") is True else [])])]
+
+
+def _seal(facts: Mapping[str, object]) -> list[str]:
+    seal = required(facts, "seal", dict)
+    if seal.get("sealed") is not True and required(facts, "tpm", dict).get("tcti") == "none":
+        return ["nothing can be sealed without a TPM"]
+    if seal.get("sealed") is not True:
+        return [f"nothing is sealed; at shutdown it will be for: {worded('', seal.get('on'))}"]
+    text = f"sealed for the next boot ({seal.get('kind')}), made {worded('created', seal.get('created'))}"
+    if seal.get("deadline") is not None:
+        text += f"; destroyed {worded('deadline', seal['deadline'])}"
+    return [text]
+
+
+def _sessions(facts: Mapping[str, object]) -> list[str]:
+    return [
+        f"{worded('', session.get('operators'))} from {session.get('peer')},"
+        f" words: {' '.join(str(word) for word in required(session, 'words', list))}"
+        for session in objects(facts, "sessions")
+    ] or ["none open"]
+
+
+def _shares(facts: Mapping[str, object]) -> list[str]:
+    shares = required(facts, "shares", dict)
+    return [f"{shares.get('present')} of {shares.get('needed')}"]
+
+
+_SHOWN_KEYS = 10
+_TPM_FACTS = ("manufacturer", "firmware", "reset_count", "counter", "lockout_counter")
+_FIRST = frozenset({"state", "lock_reason", "lock_detail", "since"})
+_WORDED: dict[str, Callable[[Mapping[str, object]], list[str]]] = {
+    "keys": _keys,
+    "tpm": _tpm,
+    "seal": _seal,
+    "sessions": _sessions,
+    "shares": _shares,
+    "warnings": lambda facts: texts(facts, "warnings"),
+}

@@ -1,0 +1,1 @@
+"""The gateway: the process that the network reaches. It has no key, no TPM and no backup."""

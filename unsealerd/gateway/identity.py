@@ -1,0 +1,148 @@
+"""The gateway's TLS key: made once, at initialisation, and pinned by the operators.
+
+P-256, because the server's TLS offers no suite of TLS 1.2 that such a key could serve (see `unsealerd.gateway.main`).
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unsealerd.core.tlskey import SERVER_NAME, fingerprint
+from unsealerd.errors import AccessDenied, AlreadyInitialised, IdentityInvalid, NotInitialised, StorageFailed
+
+KEY_NAME = "tls.key"
+CERTIFICATE_NAME = "tls.crt"
+_KEY_MODE = 0o600
+_CERTIFICATE_MODE = 0o644
+_MAX_FILE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class TlsIdentity:
+    """``key`` and ``certificate`` are PEM; ``key`` is the gateway's own secret and shown nowhere."""
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+
+
+def create(directory: Path, owner: tuple[int, int] | None = None) -> bytes:
+    """Make the key and its certificate in ``directory`` (made with mode 0700 if missing), and give the fingerprint.
+
+    ``owner``: the uid and gid of the gateway's user. Each file appears whole or not at all, the certificate last: with it
+    the identity exists. Raises `AlreadyInitialised`, `StorageFailed`.
+    """
+    if (directory / CERTIFICATE_NAME).exists():
+        raise AlreadyInitialised(f"{directory / CERTIFICATE_NAME} exists")
+    made = _generate()
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if owner is not None:
+            os.chown(directory, *owner)
+        _write(directory / KEY_NAME, made.key, _KEY_MODE, owner)
+        _write(directory / CERTIFICATE_NAME, made.certificate, _CERTIFICATE_MODE, owner)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as err:
+        raise StorageFailed(f"{directory}: {err.strerror}") from err
+    return fingerprint(made.certificate)
+
+
+def load(directory: Path) -> TlsIdentity:
+    """Read what `create` made. Raises `NotInitialised`, `AccessDenied`, `StorageFailed`."""
+    return TlsIdentity(_read(directory / KEY_NAME), load_certificate(directory))
+
+
+def load_certificate(directory: Path) -> bytes:
+    """The public half alone, PEM. Raises `NotInitialised`, `AccessDenied`, `StorageFailed`."""
+    return _read(directory / CERTIFICATE_NAME)
+
+
+def check(directory: Path) -> None:
+    """Whether the two files belong together. Raises `IdentityInvalid`. For when TLS did not start, and says not why."""
+    import ssl
+
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(directory / CERTIFICATE_NAME, directory / KEY_NAME)
+    except OSError as err:  # ssl.SSLError is one
+        raise IdentityInvalid(f"{directory}: {err.strerror}") from err
+
+
+def _generate() -> TlsIdentity:
+    import datetime
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "unsealerd")])
+    usage = dict.fromkeys(
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "key_cert_sign",
+            "crl_sign",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        # The pin decides, not the calendar: a server's clock may stand anywhere when it boots.
+        .not_valid_before(datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC))
+        # RFC 5280 section 4.1.2.5: 99991231235959Z is "no well-defined expiration date".
+        .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(SERVER_NAME)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.KeyUsage(digital_signature=True, **usage), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    return TlsIdentity(
+        private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        certificate.public_bytes(Encoding.PEM),
+    )
+
+
+def _write(path: Path, data: bytes, mode: int, owner: tuple[int, int] | None) -> None:
+    """Replace ``path`` atomically and durably (but for the directory's fsync). Raises ``OSError``."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            if owner is not None:
+                os.fchown(descriptor, *owner)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES)
+    except FileNotFoundError as err:
+        raise NotInitialised(f"{path}: no such file") from err
+    except PermissionError as err:
+        raise AccessDenied(f"{path}: {err.strerror}") from err
+    except OSError as err:
+        raise StorageFailed(f"{path}: {err.strerror}") from err
+    return data
