@@ -3,7 +3,7 @@
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rigs.unlock_daemon import UnlockDaemon
 
 from unsealerd.core.age import X25519Identity
 from unsealerd.core.session import recipient_tag
-from unsealerd.errors import LimitExceeded
+from unsealerd.errors import DaemonUnreachable, LimitExceeded
 from unsealerd.gateway.admission import Admission, peer_address
 from unsealerd.gateway.limits import Limits, channel_options
 from unsealerd.operator import network
@@ -183,7 +183,7 @@ def test_who_does_not_answer_a_ping_is_dropped(tmp_path: Path) -> None:
 
 def test_who_does_not_acknowledge_the_settings_is_dropped(tmp_path: Path) -> None:
     with (
-        GatewayProcess(tmp_path, handshake_seconds=0.5, idle_seconds=60) as gateway,
+        GatewayProcess(tmp_path, settings_seconds=0.5, idle_seconds=60) as gateway,
         tls_connection(gateway) as connection,
     ):
         assert is_closed(connection)
@@ -224,50 +224,62 @@ def test_connections_are_limited_also_before_their_handshake(tmp_path: Path) -> 
 
 
 def test_an_idle_peer_costs_constant_memory(tmp_path: Path) -> None:
-    """200 half-open and 200 idle TLS connections, none of which says more; and no growth when they come again."""
-    with GatewayProcess(tmp_path, handshake_seconds=60, idle_seconds=60) as gateway:
+    """120 half-open and 120 idle TLS connections, none of which says more; and no growth when they come again."""
+    count = 120
+    with GatewayProcess(tmp_path, handshake_seconds=60, settings_seconds=60, idle_seconds=60) as gateway:
         with (
             UnlockDaemon(gateway.runtime_dir, [ALICE.recipient]),
             network.connect(gateway.host()) as conversation,
         ):
             unlock(conversation, [ALICE])
-        base = gateway.rss_kib
-        with ExitStack() as stack:
-            for _ in range(200):
-                stack.enter_context(plain_connection(gateway))
-            # Handled in order: when this one is answered, so are those before it.
-            stack.enter_context(tls_connection(gateway))
-            half_open = gateway.rss_kib - base
-        with ExitStack() as stack:
-            for _ in range(200):
-                stack.enter_context(tls_connection(gateway))
-            idle = gateway.rss_kib - base
-        for _ in range(2):
+
+        def growth(connect: Callable[[GatewayProcess], socket.socket]) -> int:
+            """KiB for each of so many connections at once."""
+            before = gateway.rss_kib
             with ExitStack() as stack:
-                for _ in range(200):
-                    stack.enter_context(tls_connection(gateway))
-                again = gateway.rss_kib - base
-    assert half_open / 200 < 60  # KiB for each; measured: about 20
-    assert idle / 200 < 160  # measured: about 80
-    assert again < 1.5 * idle
+                for _ in range(count):
+                    stack.enter_context(connect(gateway))
+                # Handled in order: when this one is answered, so are those before it.
+                tls_connection(gateway).close()
+                return (gateway.rss_kib - before) // count
+
+        assert growth(plain_connection) < 60  # measured: 20
+        assert growth(tls_connection) < 160  # measured: 80
+        for _ in range(3):
+            assert growth(tls_connection) < 40  # what the first ones used is used again
+
+
+def flood(connection: ssl.SSLSocket, frames: int) -> bool:
+    """HEADERS without END_HEADERS, continued without end (RFC 9113 section 10.5.1). False: the peer cut it off."""
+    field = b"\0\x04aaaa\x7f\xc1\x3d" + b"b" * 8000  # a literal, not indexed: RFC 7541 section 6.2.2
+    head = len(field).to_bytes(3, "big")
+    try:
+        connection.sendall(head + b"\x01\0\0\0\0\x01" + field)
+        for _ in range(frames):
+            connection.sendall(head + b"\x09\0\0\0\0\x01" + field)
+    except OSError:
+        return False
+    return True
 
 
 def test_a_flood_of_headers_is_not_kept(tmp_path: Path) -> None:
-    """HEADERS without END_HEADERS, continued without end: the peer is cut off long before it fills memory."""
-    literal = b"\0\x04aaaa\x7f\x81\x07" + b"b" * 256  # one literal field, not indexed: RFC 7541 section 6.2.2
-    body = literal * 30
-    headers = len(body).to_bytes(3, "big") + b"\x01\0\0\0\0\x01" + body
-    more = len(body).to_bytes(3, "big") + b"\x09\0\0\0\0\x01" + body
     with GatewayProcess(tmp_path) as gateway, tls_connection(gateway) as connection:
+        connection.sendall(SETTINGS_ACK)
         base = gateway.rss_kib
-        try:
-            connection.sendall(headers)
-            for _ in range(4096):  # 32 MiB
-                connection.sendall(more)
-        except OSError:
-            pass
+        assert flood(connection, 8192), "64 MiB"
         assert gateway.rss_kib - base < 8 << 10
-        assert gateway.process.poll() is None
+        with network.connect(gateway.host()) as conversation, pytest.raises(DaemonUnreachable):
+            unlock(conversation, [ALICE])
+
+
+def test_a_flood_of_headers_before_the_settings_is_bounded_and_cut_off(tmp_path: Path) -> None:
+    """Until the peer has acknowledged the limit, HTTP/2's own applies: 16 MiB. See `unsealerd.gateway.limits`."""
+    with GatewayProcess(tmp_path, settings_seconds=1.5) as gateway, tls_connection(gateway) as connection:
+        base = gateway.rss_kib
+        assert not flood(connection, 1 << 20), "8 GiB"
+        assert gateway.rss_kib - base < 40 << 10
+        with network.connect(gateway.host()) as conversation, pytest.raises(DaemonUnreachable):
+            unlock(conversation, [ALICE])
 
 
 # --- the parts without a process

@@ -157,6 +157,16 @@ def test_a_client_that_reads_late_loses_nothing(tmp_path: Path) -> None:
             serve_the_victim(late)
 
 
+def test_reading_goes_on_when_nothing_is_held(tmp_path: Path) -> None:
+    """Calls that fill the buffer exactly, and answers of which each is too much to be sent at once."""
+    limits = Limits(read_bytes=4096, outgoing_bytes=1000, stall_seconds=PATIENCE)
+    with toy_server(tmp_path / "toy", limits) as toy, toy.wire() as wire:
+        call = frame("Big", {"size": 300_000})
+        wire.sock.sendall((call[:-1] + b" " * (4096 - len(call)) + b"\0") * 20)
+        for _ in range(20):
+            assert wire.receive() == {"parameters": {"text": "x" * 300_000}}
+
+
 def test_a_closed_connection_does_not_linger_for_a_client_that_does_not_read(tmp_path: Path) -> None:
     limits = Limits(outgoing_bytes=10_000_000, stall_seconds=0.2)
     with toy_server(tmp_path / "toy", limits) as toy, toy.wire() as wire:

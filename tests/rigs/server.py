@@ -60,6 +60,7 @@ class Server:
         self.extra_environment: dict[str, str] = {}
         self.prefix: tuple[str, ...] = ()
         self._daemon: subprocess.Popen[bytes] | None = None
+        self.client = Client(self.run_dir, timeout=PATIENCE)
         self.address = ""
         self._gateway: subprocess.Popen[bytes] | None = None
         self._starts = 0
@@ -106,9 +107,18 @@ class Server:
     def start(self) -> Self:
         """Power on, as far as it is not, and start the daemon; returns when it is ready."""
         self.launch()
-        wait_for(lambda: self._ready() or not self.alive, "the daemon")
-        assert self.alive, f"the daemon ended: {self.log_text()}"
+        assert self.await_ready(), f"the daemon ended: {self.log_text()}"
         return self
+
+    def await_ready(self) -> bool:
+        """Wait until the daemon is ready or has ended; whether it lives."""
+        wait_for(lambda: self._ready() or not self.alive, "the daemon")
+        return self.alive
+
+    def ended(self) -> int:
+        """Wait for the daemon's end; its exit code, negative for a signal."""
+        assert self._daemon is not None
+        return self._daemon.wait(PATIENCE)
 
     def launch(self) -> subprocess.Popen[bytes]:
         """Start the daemon without waiting for it."""
@@ -193,10 +203,6 @@ class Server:
         """By the operator at the console."""
         return self.ctl("unlock", "--local", "-i", str(self.identity_file), *arguments, expect=expect)
 
-    @property
-    def client(self) -> Client:
-        return Client(self.run_dir, timeout=PATIENCE)
-
     def key(self, name: str = "demo") -> bytes:
         return self.client.read(name)
 
@@ -253,6 +259,7 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.client.close()
         for process in (self._daemon, self._gateway):
             if process is not None and process.poll() is None:
                 process.kill()

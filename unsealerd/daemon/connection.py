@@ -318,7 +318,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._hold(held, rest, self._filled)
             elif self._filled == len(held) and self._reading and not self.closed:
                 self._full()
-        if self._ended and not self._blocked:
+        if not self._blocked and not self._reading:
+            self._reading = True
+            self._transport.resume_reading()
+        if not self._blocked and self._ended:
             self._shut()
 
     def _full(self) -> None:
@@ -350,9 +353,6 @@ class Connection(asyncio.BufferedProtocol):
             self._scanned = 0 if self._blocked else rest
             if not self._blocked and (start or self._message_timer is None):
                 self._time_message(True)
-        if not self._reading and not self._blocked:
-            self._reading = True
-            self._transport.resume_reading()
 
     # --- sending
 

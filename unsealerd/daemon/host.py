@@ -249,6 +249,7 @@ class Host:
                 raise BackupDamaged(f"there is {', '.join(leftovers)}, but no backup")
             return
         if not self.keeper.has_sealed_copy():
+            await self._on_worker(self.keeper.header)  # a backup that nobody can open is said so before anybody tries
             remembered = await self._on_worker(self._recall)
             self._set_locked(
                 *(remembered or (LockReason.UNEXPECTED_REBOOT, "no sealed copy was left for this boot"))
@@ -421,6 +422,11 @@ class Host:
             old.close()
         self.state, self.lock_reason, self.lock_detail, self.since = State.LOCKED, reason, detail, self.now
         self.watchers.tell(Event("locked", self.state, None, None))
+
+    def relock(self, err: UnsealerdError) -> None:
+        """Locked already: take over a more urgent reason that an attempt to unlock has brought up."""
+        if self.state is State.LOCKED:
+            self._refused(err)
 
     def _refused(self, err: UnsealerdError) -> None:
         """Be locked, and say why."""

@@ -17,7 +17,7 @@ from unsealerd.core.session import (
 from unsealerd.core.words import session_words
 from unsealerd.daemon.host import Facts, Host
 from unsealerd.daemon.pace import Pace
-from unsealerd.errors import BadMessage, LimitExceeded, NotInitialised, NotLocked, UnsealerdError
+from unsealerd.errors import BackupDamaged, BadMessage, LimitExceeded, NotInitialised, NotLocked, UnsealerdError
 from unsealerd.model import State
 
 MAX_SESSIONS = 64
@@ -143,7 +143,11 @@ class Conversations:
         """Parsed again only when the file is another one: a peer that says hello costs no disk read."""
         signature = self._host.keeper.store.signature()
         if self._header is None or self._header[0] != signature:
-            self._header = (signature, self._host.keeper.header())
+            try:
+                self._header = (signature, self._host.keeper.header())
+            except BackupDamaged as err:
+                self._host.relock(err)
+                raise
         return self._header[1]
 
 

@@ -2,6 +2,10 @@
 
 A peer that has not yet answered anything costs a connection (measured: 80 KiB once TLS stands, less before) and at most
 one message. Every figure here is enforced: by gRPC, or by `unsealerd.gateway.admission` and the session itself.
+
+One cost is not gRPC's to limit: until a peer acknowledges the server's settings, HTTP/2's own defaults hold, and gRPC keeps up
+to 16 MiB of header fields for it. `settings_seconds` and `connections` bound how long and how often; the service unit's
+MemoryMax= bounds the rest, at the price of a restart of a process that holds nothing.
 """
 
 from dataclasses import dataclass
@@ -11,13 +15,15 @@ from dataclasses import dataclass
 class Limits:
     message_bytes: int = 16 << 10
     metadata_bytes: int = 8 << 10
-    connections: int = 512
+    connections: int = 128
     """All TCP connections of one listening address, those in the TLS handshake too."""
     streams_per_connection: int = 4
     sessions: int = 64
     sessions_per_peer: int = 8
     """A peer is an IPv4 address or an IPv6 /64, since an end site has all of a /64 to choose from (RFC 6177)."""
     handshake_seconds: float = 10
+    settings_seconds: float = 5
+    """From the TLS handshake to the peer's acknowledgement of the HTTP/2 settings."""
     hello_seconds: float = 10
     """From the start of a stream to its first message."""
     session_seconds: float = 120
@@ -58,16 +64,12 @@ def channel_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", milliseconds(limits.keepalive_timeout_seconds)),
         # What a missing answer to the keep-alive's ping really waits for; a minute, if it is not said.
         ("grpc.http2.ping_timeout_ms", milliseconds(limits.keepalive_timeout_seconds)),
-        ("grpc.http2.settings_timeout", milliseconds(limits.handshake_seconds)),
+        ("grpc.http2.settings_timeout", milliseconds(limits.settings_seconds)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", milliseconds(limits.ping_interval_seconds)),
         ("grpc.http2.max_ping_strikes", limits.ping_strikes),
         # Windows that grow with a peer's measured bandwidth would let the peer choose how much is buffered.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.experimental.tcp_read_chunk_size", 8192),
-        ("grpc.experimental.tcp_min_read_chunk_size", 256),
-        ("grpc.experimental.tcp_max_read_chunk_size", 16384),
-        ("grpc.experimental.tcp_max_read_buffer_size", 65536),
         # A second process must not share the port unnoticed.
         ("grpc.so_reuseport", 0),
     ]
