@@ -157,15 +157,23 @@ def test_a_connection_without_a_handshake_is_closed(tmp_path: Path) -> None:
 
 
 def test_a_connection_without_a_stream_is_closed(tmp_path: Path) -> None:
-    with GatewayProcess(tmp_path, idle_seconds=0.3) as gateway, tls_connection(gateway) as connection:
+    with (
+        GatewayProcess(tmp_path, idle_seconds=0.3, keepalive_seconds=600) as gateway,
+        tls_connection(gateway) as connection,
+    ):
+        connection.sendall(SETTINGS_ACK)
         assert is_closed(connection)
 
 
 def test_no_connection_lives_for_ever(tmp_path: Path) -> None:
+
     with (
-        GatewayProcess(tmp_path, connection_seconds=0.5, session_seconds=0.3, idle_seconds=60) as gateway,
+        GatewayProcess(
+            tmp_path, connection_seconds=0.5, session_seconds=0.3, idle_seconds=600, keepalive_seconds=600
+        ) as gateway,
         tls_connection(gateway) as connection,
     ):
+        connection.sendall(SETTINGS_ACK)
         assert is_closed(connection)
 
 

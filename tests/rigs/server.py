@@ -142,6 +142,9 @@ class Server:
         assert self._daemon is not None
         self._daemon.send_signal(number)
 
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the daemon; returns its exit code."""
         assert self._daemon is not None

@@ -285,6 +285,7 @@ def toy_server(
         try:
             yield ToyServer(thread, path, server, toy)
         finally:
+            thread.call(toy.release.set)
             thread.run(server.close(grace=0.1))
     finally:
         thread.close()

@@ -57,7 +57,7 @@ def add(app: App, name: str, address: str, yes: bool, expected: str | None) -> N
         raise BadRequest("not confirmed; nothing was added")
     hosts.add(found)
     if app.json:
-        print_json({"host": _facts(found)})
+        print_json(_facts(found))
         return
     print_line(f"added {name}; unlock it with: unsealctl unlock {name} -i IDENTITY")
     print_line("it has no TPM attestation: it is trusted by its TLS key only")
@@ -89,7 +89,7 @@ def remove(app: App, name: str) -> None:
     """Forget a host."""
     removed = _hosts().remove(name)
     if app.json:
-        print_json({"host": _facts(removed)})
+        print_json(_facts(removed))
     else:
         print_line(f"removed {removed.name} ({removed.address})")
 

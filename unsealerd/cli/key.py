@@ -97,7 +97,7 @@ def _row(item: dict[str, object]) -> tuple[str, ...]:
 
 def _print_key(app: App, item: dict[str, object]) -> None:
     if app.json:
-        print_json({"key": item})
+        print_json(item)
         return
     now = time.time()
     rows = [

@@ -61,7 +61,7 @@ def disarm(app: App) -> None:
 
 def _print_seal(app: App, sealed: dict[str, object], sentence: str) -> None:
     if app.json:
-        print_json({"seal": sealed})
+        print_json(sealed)
         return
     print_line(sentence)
     print_table(rows(sealed))
