@@ -2,6 +2,9 @@
 
 import enum
 
+KEY_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+"""What a key may be called: a regular expression. Names become file names of sockets."""
+
 
 class State(enum.Enum):
     UNINITIALISED = "uninitialised"

@@ -23,10 +23,16 @@ _encoder = msgspec.json.Encoder(order="sorted")
 
 
 def link(fields: Record, prev: str, seq: int) -> tuple[bytes, str]:
-    """The line (with its newline) that continues the chain, and its hash."""
+    """The line (with its newline) that continues the chain, and its hash.
+
+    Raises ``ValueError`` for a record that `verify_line` would refuse: longer than `MAX_LINE_BYTES`, or not text.
+    """
     record = {**fields, "prev": prev, "seq": seq}
     digest = hashlib.sha256(_encoder.encode(record)).hexdigest()
-    return _encoder.encode({**record, "hash": digest}) + b"\n", digest
+    line = _encoder.encode({**record, "hash": digest})
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"a record of {len(line)} bytes; at most {MAX_LINE_BYTES}")
+    return line + b"\n", digest
 
 
 def verify_line(line: bytes, expected_prev: str, expected_seq: int) -> Record:

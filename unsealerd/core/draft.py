@@ -30,7 +30,7 @@ class Draft:
         self.changes: list[Change] = []
 
     def create(self, name: str, *, owner: str, purpose: str, size: int, now: int) -> Self:
-        """A key with its first version, unless there is one; then only owner and purpose follow."""
+        """A key with a primary version, unless there is one; then only owner and purpose follow."""
         known = self._keys.get(name)
         if known is None:
             self._keys[name] = Key(name, owner, purpose, ())
@@ -38,6 +38,9 @@ class Draft:
         elif (known.owner, known.purpose) != (owner, purpose):
             self._keys[name] = msgspec.structs.replace(known, owner=owner, purpose=purpose)
             self.changes.append(Change("described", name, 0))
+        if known is not None and known.primary is None:
+            # Every version was revoked while nothing declared the key.
+            self._append(name, size, now, "rotated")
         return self
 
     def rotate(self, name: str, *, size: int | None, overlap: int, now: int) -> Self:

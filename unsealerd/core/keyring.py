@@ -13,17 +13,21 @@ that ``parse`` and ``Keyring.buffer`` are inverse to each other.
 """
 
 import hmac
+import re
 from dataclasses import dataclass
 
 import msgspec
 
 from unsealerd.core.secret import SecretBuffer, fill_random
 from unsealerd.errors import KeyringInvalid, KeyNotFound, VersionNotFound
-from unsealerd.model import VersionState
+from unsealerd.model import KEY_NAME, VersionState
 
 MAX_BYTES = 16 << 20  # of the whole plaintext
 _MAGIC = b"unsealerd-keyring-v1\n"
 _MAX_LENGTH_DIGITS = 8
+_MAX_COUNT = 2**64 - 1  # of the generation; the TPM's counter has 64 bits
+_MAX_TIME = 253_402_300_799  # the end of the year 9999: what comes later cannot be shown as a date
+_NAME = re.compile(KEY_NAME)
 
 _encoder = msgspec.json.Encoder(order="sorted")
 
@@ -36,9 +40,9 @@ class Version(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: int
     """Unix seconds, as every time here."""
     changed: int | None
-    """When it came into its state, if that was not at its creation."""
+    """When it came into its state; None in a primary, which is what every version is created as."""
     retires: int | None
-    """When an active version becomes retired."""
+    """When an active version becomes retired; None in every other state."""
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,7 +101,8 @@ class Keyring:
                     usable.insert(0, Usable(version.version, view))
                 elif version.state is VersionState.ACTIVE:
                     usable.append(Usable(version.version, view))
-            self._usable[key.name] = tuple(usable)
+            # Without a primary nothing is usable: an older version must not pass for it.
+            self._usable[key.name] = tuple(usable) if key.primary is not None else ()
 
     def key(self, name: str) -> Key:
         """Raises `KeyNotFound`."""
@@ -112,7 +117,7 @@ class Keyring:
         if usable is None:
             raise KeyNotFound(name)
         if not usable:
-            raise VersionNotFound(f"{name} has no version that is not revoked or retired")
+            raise VersionNotFound(f"{name} has no primary version")
         return usable
 
     def view(self, name: str, version: int) -> memoryview:
@@ -131,8 +136,10 @@ class Keyring:
 def compose(metadata: Metadata, sources: list[memoryview | int]) -> Keyring:
     """A keyring whose key bytes are, in the order of the metadata, copied from a view or drawn afresh.
 
-    An int in ``sources`` is the number of bytes to draw from the kernel's generator.
+    An int in ``sources`` is the number of bytes to draw from the kernel's generator. Raises `KeyringInvalid` for what
+    `parse` would refuse.
     """
+    _check(metadata)
     text = _encoder.encode(metadata)
     head = b"%b%d\n%b" % (_MAGIC, len(text), text)
     total = len(head) + sum(source if isinstance(source, int) else source.nbytes for source in sources)
@@ -189,22 +196,39 @@ def _parse_head(view: memoryview) -> tuple[Metadata, int]:
 
 
 def _check(metadata: Metadata) -> None:
-    if (
-        metadata.generation < 1
-        or metadata.written < 0
-        or (metadata.counter is not None and metadata.counter < 1)
+    counter = 1 if metadata.counter is None else metadata.counter
+    if not (
+        1 <= metadata.generation <= _MAX_COUNT and 1 <= counter <= _MAX_COUNT and _is_time(metadata.written)
     ):
         raise KeyringInvalid("generation, time or counter out of range")
     names = [key.name for key in metadata.keys]
     if names != sorted(set(names)):
         raise KeyringInvalid("the keys are not sorted by name")
     for key in metadata.keys:
-        if [version.version for version in key.versions] != list(
-            range(1, len(key.versions) + 1)
-        ) or not key.versions:
-            raise KeyringInvalid(f"{key.name}: the versions are not numbered from 1")
-        if sum(version.state is VersionState.PRIMARY for version in key.versions) > 1:
-            raise KeyringInvalid(f"{key.name}: two primary versions")
-        for version in key.versions:
-            if version.size < 1 or version.created < 0:
-                raise KeyringInvalid(f"{key.name}: size or time out of range")
+        if _NAME.fullmatch(key.name) is None:
+            raise KeyringInvalid(f"{key.name!r} is not the name of a key")
+        if not (key.owner.isprintable() and key.purpose.isprintable()):
+            raise KeyringInvalid(f"{key.name}: owner or purpose cannot be printed")
+        _check_versions(key)
+
+
+def _check_versions(key: Key) -> None:
+    numbers = [version.version for version in key.versions]
+    if not numbers or numbers != list(range(1, len(numbers) + 1)):
+        raise KeyringInvalid(f"{key.name}: the versions are not numbered from 1")
+    for version in key.versions:
+        if version.state is VersionState.PRIMARY and version.version != len(numbers):
+            # So there are no two, and no newer version stands behind one that signs.
+            raise KeyringInvalid(f"{key.name}: a primary version that is not the newest")
+        if not 1 <= version.size <= MAX_BYTES or not all(
+            _is_time(time) for time in (version.created, version.changed, version.retires) if time is not None
+        ):
+            raise KeyringInvalid(f"{key.name}: size or time out of range")
+        if (version.changed is None) != (version.state is VersionState.PRIMARY) or (
+            version.retires is None
+        ) != (version.state is not VersionState.ACTIVE):
+            raise KeyringInvalid(f"{key.name}: the times of version {version.version} do not fit its state")
+
+
+def _is_time(seconds: int) -> bool:
+    return 0 <= seconds <= _MAX_TIME

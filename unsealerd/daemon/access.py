@@ -11,6 +11,7 @@ from unsealerd.errors import AccessDenied, UnsealerdError
 from unsealerd.model import Operation
 
 _DENIAL_INTERVAL = 0.2  # seconds between the audited denials of one user
+_MAX_NAME = 64  # characters: the name of no key is longer
 
 
 def caller_facts(caller: Caller) -> Facts:
@@ -60,8 +61,9 @@ class Access:
         facts = caller_facts(caller)
         if operation not in self.operations(caller, key):
             await self._denials.turn(caller.uid)
-            self._host.audit.append("denied", key=key, operation=operation.value, **facts)
-            raise AccessDenied(f"{key}: {operation.value}")
+            # Cut, so that a caller's invention does not make a record that is too long to be written.
+            self._host.audit.append("denied", key=key[:_MAX_NAME], operation=operation.value, **facts)
+            raise AccessDenied(f"{key[:_MAX_NAME]}: {operation.value}")
         return self.record(Use(key, operation, facts, self._host.policy_epoch))
 
     def record(self, use: Use) -> Use:

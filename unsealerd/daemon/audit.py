@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,17 @@ class AuditLog:
         self._broken = ""
 
     def open(self) -> None:
-        """Raises `AuditUnwritable` if it cannot be opened, or does not end in a valid record."""
+        """Raises `AuditUnwritable` if it cannot be opened, or does not end in a valid record; then nothing can be appended."""
+        try:
+            torn = self._open()
+        except AuditUnwritable:
+            self.close()
+            raise
+        if torn:
+            self.append("audit_repaired", removed_bytes=torn)
+
+    def _open(self) -> int:
+        """Find the end of the chain. The number of bytes of a cut-off line that were removed."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._fd = os.open(self._path, flags, 0o600)
@@ -45,14 +56,23 @@ class AuditLog:
                 self._size -= torn
                 os.ftruncate(self._fd, self._size)
                 os.fsync(self._fd)
+            if not self._size:
+                self._sync_directory()
         except OSError as err:
             raise AuditUnwritable(f"{self._path}: {err.strerror}") from err
         if end:
-            self._continue_from(tail[:end].rstrip(b"\n").rpartition(b"\n")[2])
+            self._continue_from(tail[: end - 1].rpartition(b"\n")[2])
         elif self._size:
             raise AuditUnwritable(f"{self._path}: ends in a line that is longer than a record")
-        if torn:
-            self.append("audit_repaired", removed_bytes=torn)
+        return torn
+
+    def _sync_directory(self) -> None:
+        """A record is not durable before the name of its file is."""
+        fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _continue_from(self, line: bytes) -> None:
         import msgspec
@@ -74,11 +94,14 @@ class AuditLog:
         now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
         time = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         record: Record = {"event": event, "time": time, **{k: v for k, v in fields.items() if v is not None}}
-        line, digest = link(record, self._prev, self._seq + 1)
+        try:
+            line, digest = link(record, self._prev, self._seq + 1)
+        except ValueError as err:
+            raise AuditUnwritable(f"{event}: {err}") from err
         try:
             written = os.write(self._fd, line)
             if written != len(line):
-                raise OSError(28, "the line was not written whole")
+                raise OSError(errno.ENOSPC, "the line was not written whole")
             os.fdatasync(self._fd)
         except OSError as err:
             self._undo()

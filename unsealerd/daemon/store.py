@@ -10,6 +10,7 @@ A write goes through these steps; a crash between any two leaves the old backup 
 import contextlib
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 from unsealerd.errors import BackupDamaged, NotInitialised, StorageFailed
@@ -63,18 +64,22 @@ class DurableDirectory:
             raise StorageFailed(f"{self.path / name}: {err.strerror}") from err
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """The content, or None if there is no such file. A link is not followed."""
+        """The content, or None if there is no such file. A link is not followed, a pipe is not waited for."""
         try:
-            fd = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as err:
             raise StorageFailed(f"{self.path / name}: {err.strerror}") from err
         try:
-            with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StorageFailed(f"{self.path / name}: not a regular file")
+            with os.fdopen(fd, "rb", closefd=False) as file:
                 data = file.read(limit + 1)
         except OSError as err:
             raise StorageFailed(f"{self.path / name}: {err.strerror}") from err
+        finally:
+            os.close(fd)
         if len(data) > limit:
             raise StorageFailed(f"{self.path / name}: larger than {limit} bytes")
         return data
