@@ -237,7 +237,9 @@ def play(story: Story) -> None:
     story.check(not (story.state / "sealed.json").exists(), "the sealed copy is gone from the disk")
     proof = _last_event(story, "unsealed")
     story.check(
-        proof.get("destroyed") == "sealed_copy_used", "and the TPM, asked once more, refused to give it again", proof
+        proof.get("destroyed") == "sealed_copy_used",
+        "and the TPM, asked once more, refused to give it again",
+        proof,
     )
 
     story.begin(
@@ -333,7 +335,10 @@ def play(story: Story) -> None:
     )
     story.ctl("backup", "export", str(story.base / "vault.age"))
     opened = story.run("age", "-d", "-i", identity, str(story.base / "vault.age")).stdout
-    story.check(opened.startswith(b"unsealerd-keyring-v1\n") and opened.endswith(key), "age opens it; the key is in it")
+    story.check(
+        opened.startswith(b"unsealerd-keyring-v1\n") and opened.endswith(key),
+        "age opens it; the key is in it",
+    )
     story.ctl("audit", show=False)
     story.check(True, "the audit log's chain verifies")
     story.end(gateway)

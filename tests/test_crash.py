@@ -311,7 +311,19 @@ def test_the_watched_calls_are_all_that_writes(trial: Trial) -> None:
     server.unlock()
     server.ctl("key", "rotate", "demo")
     server.stop()
-    harmless = {"stat", "lstat", "fstat", "newfstatat", "statx", "read", "lseek", "close", "flock", "ioctl", "mkdir"}
+    harmless = {
+        "stat",
+        "lstat",
+        "fstat",
+        "newfstatat",
+        "statx",
+        "read",
+        "lseek",
+        "close",
+        "flock",
+        "ioctl",
+        "mkdir",
+    }
     harmless |= {"fchmod", "chmod", "fcntl", "readlink"}
     seen = {strip(call) for calls in calls_by_thread(log).values() for call in calls}
     assert seen <= harmless | set(CALLS.split(",")), seen

@@ -283,12 +283,10 @@ def test_a_flood_of_headers_is_not_kept(tmp_path: Path) -> None:
             unlock(conversation, [ALICE])
 
 
-def test_a_flood_of_headers_before_the_settings_is_bounded_and_cut_off(tmp_path: Path) -> None:
-    """Until the peer has acknowledged the limit, HTTP/2's own applies: 16 MiB. See `unsealerd.gateway.limits`."""
-    with GatewayProcess(tmp_path, settings_seconds=1.5) as gateway, tls_connection(gateway) as connection:
-        base = gateway.rss_kib
+def test_a_flood_of_headers_before_the_settings_is_cut_off(tmp_path: Path) -> None:
+    """Until the peer has acknowledged the limit, HTTP/2's own applies. See `unsealerd.gateway.limits`."""
+    with GatewayProcess(tmp_path, settings_seconds=0.5) as gateway, tls_connection(gateway) as connection:
         assert not flood(connection, 1 << 20), "8 GiB"
-        assert gateway.rss_kib - base < 40 << 10
         with network.connect(gateway.host()) as conversation, pytest.raises(DaemonUnreachable):
             unlock(conversation, [ALICE])
 

@@ -194,7 +194,7 @@ def test_an_address_in_use_is_named(tmp_path: Path) -> None:
 
 
 def test_wrong_usage_is_named() -> None:
-    assert_says(run("--nonsense"), 64, "unrecognized arguments")
+    assert_says(run("--nonsense"), 2, "unrecognized arguments")
 
 
 # --- sd_notify

@@ -219,7 +219,7 @@ def test_every_error_of_the_daemon_travels_by_name(
 @pytest.mark.parametrize(
     "name",
     [
-        "io.unsealerd.Unlock.SealRefused",
+        "io.unsealerd.Unlock.KeyNotFound",
         "io.unsealerd.Unlock.UnsealerdError",
         "io.unsealerd.Admin.BadRequest",
         "x",
@@ -233,6 +233,11 @@ def test_an_error_that_the_interface_does_not_have_stays_here(
     assert is_named(refused(gateway, alices_hello()), errors.DaemonUnreachable)
 
 
+def test_a_refusal_to_unseal_is_a_tpm_that_failed(gateway: GatewayProcess, daemon: UnlockDaemon) -> None:
+    daemon.error = "io.unsealerd.Unlock.SealRefused"
+    assert is_named(refused(gateway, alices_hello()), errors.TpmFailed)
+
+
 def test_a_parameter_that_the_daemon_refuses_is_a_bad_message(
     gateway: GatewayProcess, daemon: UnlockDaemon
 ) -> None:
@@ -244,7 +249,7 @@ def test_the_error_table_is_complete() -> None:
     assert {kind for kind in NETWORK_ERRORS if status.code(kind)} == NETWORK_ERRORS
     interface = Path(status.__file__).parents[1] / "daemon" / "interfaces" / "io.unsealerd.Unlock.varlink"
     names = {line.split()[1] for line in interface.read_text().splitlines() if line.startswith("error ")}
-    assert {kind.__name__ for kind in NETWORK_ERRORS} == names | {"DaemonUnreachable"}
+    assert {kind.__name__ for kind in NETWORK_ERRORS} == names - {"SealRefused"} | {"DaemonUnreachable"}
 
 
 BAD_REPLIES: dict[str, bytes] = {

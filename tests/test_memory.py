@@ -37,7 +37,9 @@ def _use_everything(server: Server) -> None:
 
 def test_the_search_finds_a_key_that_lies_about() -> None:
     """The control: the same search, on a process that holds a key in ordinary memory."""
-    program = "import sys; key = bytes.fromhex(sys.stdin.readline()); print('ready', flush=True); sys.stdin.read()"
+    program = (
+        "import sys; key = bytes.fromhex(sys.stdin.readline()); print('ready', flush=True); sys.stdin.read()"
+    )
     key = os.urandom(32)
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -166,7 +168,12 @@ def test_no_secret_in_log_audit_arguments_or_environment(server: Server) -> None
     key = server.key()
     _use_everything(server)
     server.reboot()
-    places = [server.log, server.state / "audit.jsonl", server.state / "sealed.json", server.state / "tpm.json"]
+    places = [
+        server.log,
+        server.state / "audit.jsonl",
+        server.state / "sealed.json",
+        server.state / "tpm.json",
+    ]
     texts = [place.read_bytes() for place in places if place.exists()]
     texts += [Path(f"/proc/{server.pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
     for text in texts:

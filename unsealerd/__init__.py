@@ -4,3 +4,5 @@ Folders are processes: ``daemon``, ``gateway``, ``operator``, ``client`` and ``c
 ``tpm`` is the only importer of the TPM library. Nothing is imported here, so that a service that
 imports ``unsealerd.client`` loads the standard library and no more.
 """
+
+__version__ = "0.1.0"

@@ -7,12 +7,12 @@ and the reason; nothing is guessed.
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from unsealerd.errors import ConfigInvalid
-from unsealerd.model import Operation, SealKind
+from unsealerd.model import KEY_NAME, Operation, SealKind
 
 DEFAULT_PATH = Path("/etc/unsealerd/unsealerd.toml")
 
@@ -24,11 +24,17 @@ MAX_KEY_BYTES = 1024
 MAX_EXTRA_RESETS = 3
 PCR_COUNT = 24
 
-_KEY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MAX_SECONDS = 100 * 365 * 86400  # of a duration: what is added to the time of today is still a date
+
+_KEY_NAME = re.compile(KEY_NAME)
 _OPERATOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|socket|mount|swap)")
-_DURATION = re.compile(r"([1-9][0-9]{0,8})(s|m|h|d|w)")
+_MAX_ACCOUNT = 256  # characters of the name of a user or a group
+_DURATION = re.compile(r"([1-9][0-9]{0,9})(s|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_AT = re.compile(r"(.*) - at `(?:key in )?\$\.?([^`]*)`", re.DOTALL)
+
+T = TypeVar("T")
 
 
 class Daemon(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,7 +101,10 @@ def parse_duration(text: str) -> int:
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a duration such as 90s, 15m, 12h, 30d or 2w")
-    return int(match[1]) * _SECONDS[match[2]]
+    seconds = int(match[1]) * _SECONDS[match[2]]
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"{text!r} is longer than 100 years")
+    return seconds
 
 
 def load(path: Path) -> Config:
@@ -120,10 +129,7 @@ def parse(data: bytes) -> Config:
         # tomllib recurses for each level of nesting, and gives RecursionError on hostile depth.
     except (ValueError, RecursionError) as err:
         raise ConfigInvalid(f"not TOML: {err}") from err
-    try:
-        config = msgspec.convert(_with_seconds(tables), Config, strict=True, dec_hook=_path)
-    except msgspec.ValidationError as err:
-        raise ConfigInvalid(str(err)) from err
+    config = _config(tables)
     _check_tpm(config.tpm)
     _check_operators(config)
     _check_keys(config.keys)
@@ -137,35 +143,77 @@ def parse(data: bytes) -> Config:
 def _path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str) and value and "\0" not in value:
         return Path(value)
-    raise msgspec.ValidationError(f"expected a path, got {value!r}")
+    raise ValueError(f"expected a path, got {value!r}")
 
 
-def _with_seconds(tables: dict[str, object]) -> dict[str, object]:
-    """The tables with durations as seconds and the TCTI "none" as None."""
-    result = dict(tables)
-    tpm = tables.get("tpm")
+def _config(tables: dict[str, object]) -> Config:
+    """The values. Tables of which there may be many are read one by one, so that an error names the one."""
+    rest = dict(tables)
+    operators = [
+        _convert(f"operator[{number}]", table, Operator)
+        for number, table in enumerate(_list("operator", rest.pop("operator", [])))
+    ]
+    keys = {name: _key(name, table) for name, table in _table("key", rest.pop("key", {})).items()}
+    tpm = rest.get("tpm")
     if isinstance(tpm, dict) and tpm.get("tcti") == "none":
-        result["tpm"] = {**tpm, "tcti": None}
-    keys = tables.get("key")
-    if isinstance(keys, dict):
-        result["key"] = {name: _key_with_seconds(name, table) for name, table in keys.items()}
-    return result
+        rest["tpm"] = {**tpm, "tcti": None}
+    config = _convert("", rest, Config)
+    return msgspec.structs.replace(config, operators=tuple(operators), keys=keys)
 
 
-def _key_with_seconds(name: str, table: object) -> object:
-    if not isinstance(table, dict):
-        return table
-    result = dict(table)
+def _key(name: str, value: object) -> KeyConfig:
+    place = f"key.{_shown(name)}"
+    table = dict(_table(place, value))
+    rules = [
+        _convert(f"{place}.allow[{number}]", rule, Rule)
+        for number, rule in enumerate(_list(f"{place}.allow", table.pop("allow", [])))
+    ]
     for field in ("rotate_every", "overlap"):
-        if field in result:
-            value = result[field]
-            if not isinstance(value, str):
-                raise ConfigInvalid(f'key.{name}.{field}: a duration is text, such as "30d"')
-            try:
-                result[field] = parse_duration(value)
-            except ValueError as err:
-                raise ConfigInvalid(f"key.{name}.{field}: {err}") from err
-    return result
+        if field in table:
+            table[field] = _seconds(f"{place}.{field}", table[field])
+    return msgspec.structs.replace(_convert(place, table, KeyConfig), allow=tuple(rules))
+
+
+def _seconds(place: str, value: object) -> int:
+    if not isinstance(value, str):
+        raise ConfigInvalid(f'{place}: a duration is text, such as "30d"')
+    try:
+        return parse_duration(value)
+    except ValueError as err:
+        raise ConfigInvalid(f"{place}: {err}") from err
+
+
+def _convert(place: str, value: object, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(value, kind, strict=True, dec_hook=_path)
+    except msgspec.ValidationError as err:
+        raise ConfigInvalid(_with_place(place, str(err))) from err
+
+
+def _with_place(place: str, message: str) -> str:
+    """The library says what is wrong and then where in the value it was given; here the place comes first, and is whole."""
+    what, inner = message, ""
+    if match := _AT.fullmatch(message):
+        what, inner = match[1], match[2]
+    where = ".".join(part for part in (place, inner) if part)
+    return f"{where}: {what}" if where else what
+
+
+def _table(place: str, value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ConfigInvalid(f"{place}: expected a table [{place}…]")
+    return value
+
+
+def _list(place: str, value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ConfigInvalid(f"{place}: expected tables [[{place}]]")
+    return value
+
+
+def _shown(name: str) -> str:
+    """The name of a key in a message: one that is not a name is quoted, and cut."""
+    return name if _KEY_NAME.fullmatch(name) else repr(name[:64])
 
 
 def _check_tpm(tpm: TpmTable) -> None:
@@ -200,27 +248,33 @@ def _check_keys(keys: dict[str, KeyConfig]) -> None:
         raise ConfigInvalid(f"key: more than {MAX_KEYS}")
     for name, key in keys.items():
         if not _KEY_NAME.fullmatch(name):
-            raise ConfigInvalid(f"key {name!r}: a name is a-z, 0-9, '.', '_' and '-', 64 at most")
+            raise ConfigInvalid(f"key.{_shown(name)}: a name is a-z, 0-9, '.', '_' and '-', 64 at most")
         for field, value in (("owner", key.owner), ("purpose", key.purpose)):
             if not value.strip() or len(value) > 200 or not value.isprintable():
                 raise ConfigInvalid(f"key.{name}.{field}: required, printable, 200 characters at most")
         if key.rotate_every is not None and key.overlap > key.rotate_every:
             raise ConfigInvalid(f"key.{name}.overlap: longer than rotate_every")
-        for rule in key.allow:
-            _check_rule(name, rule)
+        for number, rule in enumerate(key.allow):
+            _check_rule(f"key.{name}.allow[{number}]", rule)
 
 
-def _check_rule(name: str, rule: Rule) -> None:
+def _check_rule(place: str, rule: Rule) -> None:
     subjects = [subject for subject in (rule.unit, rule.user, rule.group) if subject is not None]
     if len(subjects) != 1 or not subjects[0]:
-        raise ConfigInvalid(f"key.{name}.allow: exactly one of unit, user and group")
+        raise ConfigInvalid(f"{place}: exactly one of unit, user and group")
     if rule.unit is not None and not _UNIT_NAME.fullmatch(rule.unit):
-        raise ConfigInvalid(f"key.{name}.allow: {rule.unit!r} is not a unit name such as web.service")
+        raise ConfigInvalid(f"{place}: {rule.unit!r} is not a unit name such as web.service")
+    account = rule.user if rule.user is not None else rule.group
+    if account is not None and (len(account) > _MAX_ACCOUNT or not account.isprintable()):
+        # A NUL, for one, would be cut off by the C library, or refused.
+        raise ConfigInvalid(f"{place}: {account[:_MAX_ACCOUNT]!r} is not the name of a user or group")
     if not rule.operations or len(set(rule.operations)) != len(rule.operations):
-        raise ConfigInvalid(f"key.{name}.allow: operations are one or more of read, sign, verify")
+        raise ConfigInvalid(f"{place}: operations are one or more of read, sign, verify")
 
 
 def _check_listen(gateway: Gateway) -> None:
+    if not gateway.listen:
+        raise ConfigInvalid("gateway.listen: empty; a gateway that listens nowhere unlocks nothing")
     for address in gateway.listen:
         host, separator, port = address.rpartition(":")
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host

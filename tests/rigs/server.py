@@ -58,6 +58,7 @@ class Server:
         self.tables = ""
         self.pcrs = (7,)
         self.extra_environment: dict[str, str] = {}
+        self.remembered = b""  # for tests: the key at some moment
         self.prefix: tuple[str, ...] = ()
         self._daemon: subprocess.Popen[bytes] | None = None
         self.client = Client(self.run_dir, timeout=PATIENCE)

@@ -20,11 +20,16 @@ NETWORK_ERRORS: frozenset[type[errors.UnsealerdError]] = frozenset(
         errors.BackupDamaged,
         errors.BadAnswer,
         errors.BadMessage,
+        errors.BadPoint,
+        errors.BadRequest,
+        errors.CallerChanged,
+        errors.ConfigInvalid,
         errors.DaemonUnreachable,
         errors.KeyringInvalid,
         errors.LimitExceeded,
         errors.NotAnOperator,
         errors.NotInitialised,
+        errors.NotInstalled,
         errors.NotLocked,
         errors.Rollback,
         errors.SessionExpired,
@@ -35,7 +40,10 @@ NETWORK_ERRORS: frozenset[type[errors.UnsealerdError]] = frozenset(
         errors.TpmMissing,
     }
 )
-"""What a peer may be told: the interface's errors, and that the daemon is not there."""
+"""What a peer may be told: the interface's errors, and that the daemon is not there.
+
+Not `SealRefused`, which says more than its name (why the host is locked is in the challenge): it travels as `TpmFailed`.
+"""
 
 
 class Question(msgspec.Struct, frozen=True):

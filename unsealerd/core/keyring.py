@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import msgspec
 
 from unsealerd.core.secret import SecretBuffer, fill_random
-from unsealerd.errors import KeyringInvalid, KeyNotFound, VersionNotFound
+from unsealerd.errors import KeyNotFound, KeyringInvalid, VersionNotFound
 from unsealerd.model import KEY_NAME, VersionState
 
 MAX_BYTES = 16 << 20  # of the whole plaintext

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import fcntl
 import grp
-import importlib.metadata
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from unsealerd import notify
+from unsealerd import __version__, notify
 from unsealerd.config import Config, load
 from unsealerd.core.secret import SecretBuffer, SecretMemoryKind
 from unsealerd.daemon import journal
@@ -119,7 +118,7 @@ class Application:
             self._runtime.chmod(0o755)
         except OSError as err:
             raise StorageFailed(f"{self._runtime}: {err.strerror}") from err
-        info = Info("unsealerd", "unsealerd", importlib.metadata.version("unsealerd"), _URL)
+        info = Info("unsealerd", "unsealerd", __version__, _URL)
         console = UnlockApi(self._host, self._conversations, console=True)
         remote = UnlockApi(self._host, self._conversations, console=False)
         admin = AdminApi(self._host, self._report)

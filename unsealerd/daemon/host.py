@@ -249,7 +249,9 @@ class Host:
                 raise BackupDamaged(f"there is {', '.join(leftovers)}, but no backup")
             return
         if not self.keeper.has_sealed_copy():
-            await self._on_worker(self.keeper.header)  # a backup that nobody can open is said so before anybody tries
+            await self._on_worker(
+                self.keeper.header
+            )  # a backup that nobody can open is said so before anybody tries
             remembered = await self._on_worker(self._recall)
             self._set_locked(
                 *(remembered or (LockReason.UNEXPECTED_REBOOT, "no sealed copy was left for this boot"))

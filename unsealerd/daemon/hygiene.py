@@ -28,11 +28,11 @@ def ensure_environment() -> str | None:
     """
     if all(os.environ.get(name) == value for name, value in ENVIRONMENT.items()):
         return None
-    if os.environ.get(_DONE) == "1":
-        return "the memory environment is not in force: freed memory may hold copies of wrapping secrets"
-    # The linker has read its environment already, so setting the variables here would do nothing.
-    environment = {**os.environ, **ENVIRONMENT, _DONE: "1"}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
+    if os.environ.get(_DONE) != "1":
+        # The linker has read its environment already, so setting the variables here would do nothing.
+        environment = {**os.environ, **ENVIRONMENT, _DONE: "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
+    return "the memory environment is not in force: freed memory may hold copies of wrapping secrets"
 
 
 def harden() -> list[str]:

@@ -50,9 +50,13 @@ def _grant(rule: Rule) -> Grant | None:
         return Grant(operations, unit=rule.unit)
     with contextlib.suppress(KeyError):
         if rule.user is not None:
-            uid = int(rule.user) if rule.user.isdecimal() else pwd.getpwnam(rule.user).pw_uid
+            uid = int(rule.user) if _is_number(rule.user) else pwd.getpwnam(rule.user).pw_uid
             return Grant(operations, uid=uid)
         if rule.group is not None:
-            gid = int(rule.group) if rule.group.isdecimal() else grp.getgrnam(rule.group).gr_gid
+            gid = int(rule.group) if _is_number(rule.group) else grp.getgrnam(rule.group).gr_gid
             return Grant(operations, gid=gid)
     return None
+
+
+def _is_number(account: str) -> bool:
+    return account.isascii() and account.isdecimal()

@@ -17,7 +17,14 @@ from unsealerd.core.session import (
 from unsealerd.core.words import session_words
 from unsealerd.daemon.host import Facts, Host
 from unsealerd.daemon.pace import Pace
-from unsealerd.errors import BackupDamaged, BadMessage, LimitExceeded, NotInitialised, NotLocked, UnsealerdError
+from unsealerd.errors import (
+    BackupDamaged,
+    BadMessage,
+    LimitExceeded,
+    NotInitialised,
+    NotLocked,
+    UnsealerdError,
+)
 from unsealerd.model import State
 
 MAX_SESSIONS = 64

@@ -3,9 +3,9 @@
 A peer that has not yet answered anything costs a connection (measured: 80 KiB once TLS stands, less before) and at most
 one message. Every figure here is enforced: by gRPC, or by `unsealerd.gateway.admission` and the session itself.
 
-One cost is not gRPC's to limit: until a peer acknowledges the server's settings, HTTP/2's own defaults hold, and gRPC keeps up
-to 16 MiB of header fields for it. `settings_seconds` and `connections` bound how long and how often; the service unit's
-MemoryMax= bounds the rest, at the price of a restart of a process that holds nothing.
+One cost is not gRPC's to limit: until a peer acknowledges the server's settings, HTTP/2's own defaults hold, and gRPC keeps 16
+MiB of header fields for who sends them at full speed (measured: 20 MB for a connection, at times more). `settings_seconds` and
+`connections` bound how long and how often, and MemoryMax= of the service unit the whole: what is then restarted holds nothing.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Limits:
     sessions_per_peer: int = 8
     """A peer is an IPv4 address or an IPv6 /64, since an end site has all of a /64 to choose from (RFC 6177)."""
     handshake_seconds: float = 10
-    settings_seconds: float = 5
+    settings_seconds: float = 3
     """From the TLS handshake to the peer's acknowledgement of the HTTP/2 settings."""
     hello_seconds: float = 10
     """From the start of a stream to its first message."""

@@ -1,6 +1,6 @@
 """unsealerd-gateway [--config FILE]: what operators reach over the network.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT; 64 wrong usage; 69 there is no TLS key yet, or it cannot be read; 78 the configuration
+Exit codes: 0 stopped by SIGTERM or SIGINT; 2 wrong usage; 69 there is no TLS key yet, or it cannot be read; 78 the configuration
 is wrong (sysexits.h).
 """
 
@@ -22,7 +22,7 @@ from unsealerd.gateway import identity
 from unsealerd.gateway.limits import Limits
 from unsealerd.notify import notify
 
-EX_USAGE = 64
+EX_USAGE = 2
 EX_UNAVAILABLE = 69
 EX_CONFIG = 78
 
@@ -44,11 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        _harden()
         return serve(config.load(options.config), Limits())
     except UnsealerdError as err:
         print(f"unsealerd-gateway: {err.name}: {err.detail}", file=sys.stderr)
-        print(f"hint: {_HINTS[err.name]}", file=sys.stderr)
+        print(
+            f"hint: {_HINTS.get(err.name, 'the journal has more: journalctl -u unsealerd-gateway')}",
+            file=sys.stderr,
+        )
         return EX_CONFIG if err.fault is Fault.CONFIGURATION else EX_UNAVAILABLE
 
 
@@ -59,6 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 def serve(settings: Config, limits: Limits) -> int:
     """Until SIGTERM or SIGINT. Raises `NotInitialised`, `AccessDenied`, `StorageFailed`, `IdentityInvalid`, `ConfigInvalid`."""
+    _harden()
     directory = settings.daemon.state_dir / "gateway"
     tls = identity.load(directory)
     # gRPC for Python cannot be told a lowest version of TLS. But every suite of TLS 1.2 names the kind of key that the server

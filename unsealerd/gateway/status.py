@@ -11,6 +11,8 @@ from unsealerd.core.conversation import INTERFACE, NETWORK_ERRORS
 
 _CODES: dict[type[errors.UnsealerdError], StatusCode] = {
     errors.BadMessage: StatusCode.INVALID_ARGUMENT,
+    errors.BadPoint: StatusCode.INVALID_ARGUMENT,
+    errors.BadRequest: StatusCode.INVALID_ARGUMENT,
     errors.BadAnswer: StatusCode.PERMISSION_DENIED,
     errors.NotAnOperator: StatusCode.PERMISSION_DENIED,
     errors.SessionExpired: StatusCode.DEADLINE_EXCEEDED,
@@ -20,6 +22,9 @@ _CODES: dict[type[errors.UnsealerdError], StatusCode] = {
     errors.Rollback: StatusCode.FAILED_PRECONDITION,
     errors.BackupDamaged: StatusCode.DATA_LOSS,
     errors.KeyringInvalid: StatusCode.DATA_LOSS,
+    errors.CallerChanged: StatusCode.INTERNAL,
+    errors.ConfigInvalid: StatusCode.INTERNAL,
+    errors.NotInstalled: StatusCode.INTERNAL,
     errors.StorageFailed: StatusCode.INTERNAL,
     errors.AuditUnwritable: StatusCode.INTERNAL,
     errors.TpmMissing: StatusCode.INTERNAL,
@@ -44,6 +49,8 @@ def from_daemon(name: str) -> type[errors.UnsealerdError]:
     interface, _, short = name.rpartition(".")
     if interface == INTERFACE:
         kind = errors.named(short)
+        if kind is errors.SealRefused:
+            return errors.TpmFailed
         if kind in NETWORK_ERRORS:
             return kind
     elif name == "org.varlink.service.InvalidParameter":

@@ -36,7 +36,7 @@ class TpmPin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The inverse of `encode`. Raises `TpmChanged` on anything that `encode` does not write."""
         try:
             pin = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        except (ValueError, RecursionError) as err:
             raise TpmChanged(f"the pin of the TPM cannot be read: {err}") from err
         if pin.encode() != data:
             raise TpmChanged("the pin of the TPM is not in the form it was written in")

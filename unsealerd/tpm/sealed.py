@@ -49,7 +49,7 @@ class SealedCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The inverse of `encode`. Raises `SealRefused` (sealed_copy_damaged) on anything that it does not write."""
         try:
             copy = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        except (ValueError, RecursionError) as err:
             raise SealRefused(
                 LockReason.SEALED_COPY_DAMAGED, f"the sealed copy cannot be read: {err}"
             ) from err
