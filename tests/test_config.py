@@ -122,7 +122,23 @@ def test_durations(text: str, seconds: int) -> None:
 
 
 NO_DURATIONS = [
-    *["0s", "00s", "01s", "1", "s", "-1s", "+1s", "1.5h", "1H", "1y", "1h30m", "1e3s", "36501d", "9999999999w", "1_000s"],
+    *[
+        "0s",
+        "00s",
+        "01s",
+        "1",
+        "s",
+        "-1s",
+        "+1s",
+        "1.5h",
+        "1H",
+        "1y",
+        "1h30m",
+        "1e3s",
+        "36501d",
+        "9999999999w",
+        "1_000s",
+    ],
     *["", "1 h", " 1h", "1h ", "1\u0661h", "1h\n", "9" * 5000 + "s"],
 ]
 
@@ -265,7 +281,8 @@ def test_too_many_keys_or_operators() -> None:
     "data", [b"[", b"a = ", b"a = 1\na = 2", b"\xff", b"\0", b"a = " + b"[" * 50000, b"a=" + b"9" * 9999]
 )
 def test_what_is_not_toml(data: bytes) -> None:
-    with pytest.raises(ConfigInvalid, match="not TOML"):
+    # How many digits a number may have is a setting of the interpreter: then it is TOML, and still no configuration.
+    with pytest.raises(ConfigInvalid, match="not TOML|unknown"):
         parse(data)
 
 
@@ -328,10 +345,61 @@ def test_any_order_of_lines(lines: list[str]) -> None:
 
 
 names = st.sampled_from(
-    ["daemon", "tpm", "seal", "gateway", "unlock", "operator", "key", "web", "allow", "state_dir", "tcti", "pcrs", "on", "extra_resets", "listen", "threshold", "name", "recipient", "owner", "purpose", "size", "rotate_every", "overlap", "unit", "user", "group", "operations", "x"]
+    [
+        "daemon",
+        "tpm",
+        "seal",
+        "gateway",
+        "unlock",
+        "operator",
+        "key",
+        "web",
+        "allow",
+        "state_dir",
+        "tcti",
+        "pcrs",
+        "on",
+        "extra_resets",
+        "listen",
+        "threshold",
+        "name",
+        "recipient",
+        "owner",
+        "purpose",
+        "size",
+        "rotate_every",
+        "overlap",
+        "unit",
+        "user",
+        "group",
+        "operations",
+        "x",
+    ]
 )
 scalars = st.sampled_from(
-    ['1', '-1', '32', 'true', '1.5', 'nan', 'inf', '""', '"age1x"', '"web.service"', '"none"', '"7d"', '"/a"', '"read"', '1979-05-27', '1979-05-27T07:32:00Z', '07:32:00', '[]', '{}', '"\\u0000"', '99999999999999999999']
+    [
+        "1",
+        "-1",
+        "32",
+        "true",
+        "1.5",
+        "nan",
+        "inf",
+        '""',
+        '"age1x"',
+        '"web.service"',
+        '"none"',
+        '"7d"',
+        '"/a"',
+        '"read"',
+        "1979-05-27",
+        "1979-05-27T07:32:00Z",
+        "07:32:00",
+        "[]",
+        "{}",
+        '"\\u0000"',
+        "99999999999999999999",
+    ]
 )
 values = st.recursive(
     scalars,

@@ -196,6 +196,12 @@ def test_revoking_what_is_not_primary_makes_nothing_new() -> None:
     assert states(built(Draft(rotated).revoke("web", 1, size=32, now=NOW))) == [REVOKED, PRIMARY]
 
 
+def test_only_a_revoked_primary_is_replaced() -> None:
+    rotated = built(Draft(created()).rotate("web", size=None, overlap=60, now=NOW))
+    without = built(Draft(rotated).revoke("web", 2, size=None, now=NOW))
+    assert states(built(Draft(without).revoke("web", 1, size=32, now=NOW))) == [REVOKED, REVOKED]
+
+
 @pytest.mark.parametrize(("size", "last"), [(None, []), (32, [PRIMARY])])
 def test_revoking_all(size: int | None, last: list[VersionState]) -> None:
     draft = (

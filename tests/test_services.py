@@ -196,7 +196,7 @@ def test_no_audit_no_effect(server: Server) -> None:
     assert [v["version"] for v in server.json("key", "show", "demo")["versions"]] == [1]
     with socket.socket(socket.AF_UNIX) as reader:
         reader.connect(str(server.run_dir / "key" / "demo"))
-        wait_for(lambda: "key_reader_held key=demo" in server.log_text(), "the reader held")
+        wait_for(lambda: "key_reader_waits key=demo" in server.log_text(), "the reader waits")
         reader.setblocking(False)
         with pytest.raises(BlockingIOError):
             reader.recv(1)

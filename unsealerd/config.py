@@ -30,6 +30,7 @@ _KEY_NAME = re.compile(KEY_NAME)
 _OPERATOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|socket|mount|swap)")
 _MAX_ACCOUNT = 256  # characters of the name of a user or a group
+_TCTI = re.compile(r"(device:|swtpm:path=)/[^,\0]+")
 _DURATION = re.compile(r"([1-9][0-9]{0,9})(s|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _AT = re.compile(r"(.*) - at `(?:key in )?\$\.?([^`]*)`", re.DOTALL)
@@ -217,7 +218,7 @@ def _shown(name: str) -> str:
 
 
 def _check_tpm(tpm: TpmTable) -> None:
-    if tpm.tcti is not None and not tpm.tcti.startswith(("device:", "swtpm:")):
+    if tpm.tcti is not None and not _TCTI.fullmatch(tpm.tcti):
         raise ConfigInvalid(f'tpm.tcti: {tpm.tcti!r} is none of "device:PATH", "swtpm:path=PATH", "none"')
     if not tpm.pcrs:
         raise ConfigInvalid("tpm.pcrs: empty; a sealed copy that is bound to no PCR opens for any boot")
@@ -278,7 +279,7 @@ def _check_listen(gateway: Gateway) -> None:
     for address in gateway.listen:
         host, separator, port = address.rpartition(":")
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        if not (separator and bare and port.isascii() and port.isdigit() and int(port) < 65536) or (
-            ":" in bare and bare == host
-        ):
+        if not (
+            separator and bare and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536
+        ) or (":" in bare and bare == host):
             raise ConfigInvalid(f'gateway.listen: {address!r} is not "HOST:PORT" or "[IPV6]:PORT"')

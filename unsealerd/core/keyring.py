@@ -82,11 +82,12 @@ class Usable:
 class Keyring:
     """Metadata, and the secret memory that holds the serialised whole. Closed when it is replaced."""
 
-    __slots__ = ("_usable", "_views", "buffer", "metadata")
+    __slots__ = ("_keys", "_usable", "_views", "buffer", "metadata")
 
     def __init__(self, metadata: Metadata, buffer: SecretBuffer, offset: int) -> None:
         self.metadata = metadata
         self.buffer = buffer
+        self._keys = {key.name: key for key in metadata.keys}
         self._views: dict[tuple[str, int], memoryview] = {}
         self._usable: dict[str, tuple[Usable, ...]] = {}
         for key in metadata.keys:
@@ -106,10 +107,13 @@ class Keyring:
 
     def key(self, name: str) -> Key:
         """Raises `KeyNotFound`."""
-        for key in self.metadata.keys:
-            if key.name == name:
-                return key
-        raise KeyNotFound(name)
+        key = self.find(name)
+        if key is None:
+            raise KeyNotFound(name)
+        return key
+
+    def find(self, name: str) -> Key | None:
+        return self._keys.get(name)
 
     def usable(self, name: str) -> tuple[Usable, ...]:
         """The versions that verify, primary first. Raises `KeyNotFound`, and `VersionNotFound` when there is no primary."""

@@ -34,6 +34,13 @@ class Subject:
 class Policy:
     def __init__(self, grants: Mapping[str, tuple[Grant, ...]]) -> None:
         self._grants = dict(grants)
+        # By whom, so that a caller costs as much as what it is granted, and not as much as there are keys.
+        self._keys: dict[tuple[str, str | int], set[str]] = {}
+        for name, rules in self._grants.items():
+            for grant in rules:
+                for who in (("unit", grant.unit), ("uid", grant.uid), ("gid", grant.gid)):
+                    if who[1] is not None:
+                        self._keys.setdefault((who[0], who[1]), set()).add(name)
 
     def operations(self, subject: Subject, key: str) -> frozenset[Operation]:
         """What the subject may do with the key."""
@@ -46,6 +53,14 @@ class Policy:
             ):
                 allowed |= grant.operations
         return allowed
+
+    def granted(self, subject: Subject) -> frozenset[str]:
+        """The keys with which the subject may do anything at all."""
+        who: list[tuple[str, str | int | None]] = [("unit", subject.unit), ("uid", subject.uid)]
+        who += [("gid", gid) for gid in subject.gids]
+        return frozenset(
+            name for kind, value in who if value is not None for name in self._keys.get((kind, value), ())
+        )
 
     def keys(self) -> tuple[str, ...]:
         return tuple(self._grants)

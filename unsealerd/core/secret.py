@@ -15,6 +15,8 @@ import mmap
 import os
 from typing import NoReturn, Self
 
+from unsealerd.errors import LimitExceeded
+
 _SYS_MEMFD_SECRET = 447  # the same number on every architecture (asm-generic/unistd.h)
 _FD_CLOEXEC = 0x80000  # O_CLOEXEC, the only flag memfd_secret(2) takes
 
@@ -42,8 +44,8 @@ def _memfd_secret() -> int | None:
 class SecretBuffer:
     """A fixed number of secret bytes, wiped when closed.
 
-    Raises ``OSError`` if the memory cannot be had or locked (RLIMIT_MEMLOCK): a secret is never put into
-    memory that could be swapped out.
+    Raises `LimitExceeded` if the memory cannot be had or locked (RLIMIT_MEMLOCK, descriptors): a secret is never put
+    into memory that could be swapped out.
     """
 
     __slots__ = ("_closed", "_map", "_size", "_view", "kind")
@@ -53,6 +55,14 @@ class SecretBuffer:
             raise ValueError("a size is not negative")
         self._size = size
         mapped = max(size, 1)  # an empty mapping is not allowed; an empty payload is
+        try:
+            self._allocate(mapped)
+        except OSError as err:
+            raise LimitExceeded(f"no secret memory could be had: {err.strerror}") from err
+        self._view = memoryview(self._map)[:size]
+        self._closed = False
+
+    def _allocate(self, mapped: int) -> None:
         fd = _memfd_secret()
         if fd is not None:
             try:
@@ -67,8 +77,6 @@ class SecretBuffer:
             self.kind = SecretMemoryKind.MLOCK
         # Touching every page now makes a lack of memory an error here, not a SIGBUS later.
         self._map[:] = bytes(mapped)
-        self._view = memoryview(self._map)[:size]
-        self._closed = False
 
     def _lock(self) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))

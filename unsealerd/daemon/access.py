@@ -53,6 +53,10 @@ class Access:
             return NOTHING
         return self._host.policy.operations(_subject(caller), key)
 
+    def granted(self, caller: Caller) -> list[str]:
+        """The names of the declared keys with which the caller may do anything at all, sorted."""
+        return sorted(self._host.policy.granted(_subject(caller)))
+
     async def authorise(self, caller: Caller, key: str, operation: Operation) -> Use:
         """Allowed and recorded. Raises `AccessDenied` after recording that, and `AuditUnwritable`.
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 from unsealerd import __version__, notify
@@ -31,7 +31,10 @@ from unsealerd.errors import StorageFailed, UnsealerdError
 from unsealerd.model import State
 
 GATEWAY_GROUP = "unsealerd-gateway"
+_EX_SOFTWARE = 70
 _COUNT_INTERVAL = 60  # seconds after which the uses of keys are written down
+_FIRST_PAUSE = 60  # seconds after a scheduled change that failed; doubled each time, up to...
+_LONGEST_PAUSE = 3600
 _LONGEST_NAP = 30  # seconds; the wall clock may jump
 _URL = "https://github.com/unsealerd/unsealerd"
 
@@ -78,7 +81,6 @@ class Application:
         self._conversations = Conversations(self._host, time.monotonic)
         self._report = Report(self._host, self._conversations, memory, warnings)
         self._stop = asyncio.Event()
-        self._wake = asyncio.Event()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -111,6 +113,10 @@ class Application:
             await reader.close()
             await self._host.close()
             self._host.audit.close()
+            if self._host.stuck:
+                # A thread that hangs in the kernel cannot be ended, and Python would wait for it for ever.
+                _log.error("the TPM does not answer; ending without it")
+                os._exit(_EX_SOFTWARE)
 
     async def _listen(self) -> list[VarlinkServer]:
         try:
@@ -135,19 +141,22 @@ class Application:
 
     async def _tick(self) -> None:
         """Rotations, overlaps and leases, when they are due."""
+        pause = _FIRST_PAUSE
         while True:
             due = self._host.due()
             nap = _LONGEST_NAP if due is None else min(_LONGEST_NAP, max(due - self._host.now, 1))
-            self._wake.clear()
+            self._host.rescheduled.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), nap)
+                await asyncio.wait_for(self._host.rescheduled.wait(), nap)
             due = self._host.due()
             if due is None or due > self._host.now:
                 continue
-            try:
-                await self._host.tick()
-            except UnsealerdError as err:
-                _log.error("scheduled change failed error=%s detail=%s", err.name, err.detail)
+            if await _survive("scheduled change", self._host.tick()):
+                pause = _FIRST_PAUSE
+            else:
+                # Not every second: each try is a record, and whatever is broken takes its time.
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _write_counts(self) -> None:
         while True:
@@ -159,16 +168,17 @@ class Application:
             await asked.wait()
             asked.clear()
             notify.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
-            try:
-                await self._host.reload(load(self._path))
-                reader.follow_configuration()
+            if await _survive("reload", self._load_again(reader)):
                 _log.info("reloaded")
-            except UnsealerdError as err:
-                _log.error("reload refused error=%s detail=%s", err.name, err.detail)
             notify.notify(READY=1, STATUS=self._status_text())
 
+    async def _load_again(self, reader: KeyReader) -> None:
+        try:
+            await self._host.reload(load(self._path))
+        finally:
+            reader.follow_configuration()
+
     def _tell_manager(self, event: Event) -> None:
-        self._wake.set()
         notify.notify(STATUS=self._status_text())
 
     def _status_text(self) -> str:
@@ -178,6 +188,19 @@ class Application:
 
     def _reason(self) -> str | None:
         return self._host.lock_reason.value if self._host.lock_reason is not None else None
+
+
+async def _survive(what: str, step: Coroutine[object, object, None]) -> bool:
+    """Whether the step went well. However it fails, the loop that it belongs to goes on: keys must rotate."""
+    try:
+        await step
+    except UnsealerdError as err:
+        _log.error("%s refused error=%s detail=%s", what, err.name, err.detail)
+        return False
+    except Exception as bug:  # noqa: BLE001 - a bug; its text could quote anything, so only its type is told
+        _log.error("%s bug type=%s", what, type(bug).__name__)
+        return False
+    return True
 
 
 def _group(name: str) -> int | None:

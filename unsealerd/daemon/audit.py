@@ -36,11 +36,11 @@ class AuditLog:
         """Raises `AuditUnwritable` if it cannot be opened, or does not end in a valid record; then nothing can be appended."""
         try:
             torn = self._open()
+            if torn:
+                self.append("audit_repaired", removed_bytes=torn)
         except AuditUnwritable:
             self.close()
             raise
-        if torn:
-            self.append("audit_repaired", removed_bytes=torn)
 
     def _open(self) -> int:
         """Find the end of the chain. The number of bytes of a cut-off line that were removed."""
@@ -52,6 +52,9 @@ class AuditLog:
             tail = os.pread(self._fd, self._size - start, start)
             end = tail.rfind(b"\n") + 1
             torn = len(tail) - end
+            if torn > MAX_LINE_BYTES:
+                # No crash leaves that much of a record: it is not ours to cut.
+                raise AuditUnwritable(f"{self._path}: ends in a line that is longer than a record")
             if torn:
                 self._size -= torn
                 os.ftruncate(self._fd, self._size)
@@ -62,8 +65,6 @@ class AuditLog:
             raise AuditUnwritable(f"{self._path}: {err.strerror}") from err
         if end:
             self._continue_from(tail[: end - 1].rpartition(b"\n")[2])
-        elif self._size:
-            raise AuditUnwritable(f"{self._path}: ends in a line that is longer than a record")
         return torn
 
     def _sync_directory(self) -> None:
@@ -108,7 +109,8 @@ class AuditLog:
             raise AuditUnwritable(f"{self._path}: {err.strerror}") from err
         self._prev, self._seq, self._size = digest, self._seq + 1, self._size + len(line)
         if self._mirror is not None:
-            self._mirror(record)
+            with contextlib.suppress(OSError):  # the record is durable; the journal is a copy
+                self._mirror(record)
 
     def _undo(self) -> None:
         """Take back what was written of a line, so that the next one continues the chain."""

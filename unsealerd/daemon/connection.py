@@ -136,6 +136,8 @@ class Connection(asyncio.BufferedProtocol):
         self._cancel_timers()
         if self._fd >= 0:
             self._server.hangups.forget(self._fd)
+        if self.task is not None:
+            self.task.cancel()  # what must not be cut off (a change of the host) shields itself
         stream, self._stream = self._stream, None
         with self._guard:
             if stream is not None:

@@ -7,7 +7,7 @@ keyring that is current meanwhile. A replaced keyring is wiped here, on the loop
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -55,6 +55,10 @@ _LOCK_FILE = "lock.json"
 _LOCK_FILE_BYTES = 4096
 
 _log = logging.getLogger("unsealerd")
+
+_BUSY_PATIENCE = 60  # seconds that a change waits for the one before it
+_STATUS_PATIENCE = 3  # seconds that `status` waits for the TPM
+_END_PATIENCE = 10  # seconds that the end waits for a change in hand
 
 _LOCKS: dict[type[UnsealerdError], LockReason] = {
     TpmMissing: LockReason.TPM_MISSING,
@@ -107,6 +111,8 @@ class Host:
         self.keyring: Keyring | None = None
         self.last_generation: int | None = None
         self.policy_epoch = 0
+        self.rescheduled = asyncio.Event()  # set when `due` may have another answer
+        self.stuck = False  # after `close`: the worker hangs in the TPM and will never end
         self.configure(config)
 
     # --- configuration
@@ -115,6 +121,10 @@ class Host:
         """Take over a configuration. Raises `ConfigInvalid`; the one before then stays in force."""
         from unsealerd.core.age import parse_recipient
 
+        if not config.operators and self.keeper.store.present():
+            raise ConfigInvalid(
+                "operator: there is a keyring, and without an operator nobody could ever unlock it again"
+            )
         try:
             operators = tuple(KnownOperator(o.name, parse_recipient(o.recipient)) for o in config.operators)
         except IdentityInvalid as err:
@@ -133,15 +143,7 @@ class Host:
     async def reload(self, config: Config) -> None:
         """Take over a configuration, make the keys that it declares, and write the backup to its operators."""
         self.audit.append("reload")
-        async with self._changing:
-            recipients = [str(operator.recipient) for operator in self.operators]
-            self.configure(config)
-            moved = recipients != [str(operator.recipient) for operator in self.operators]
-            if self.keyring is not None:
-                draft = Draft(self.keyring)
-                self._amend(draft)
-                if draft.changes or moved:
-                    await self._write(draft)
+        await self._run(self._reload(config))
 
     # --- reading
 
@@ -169,6 +171,8 @@ class Host:
             plan = self.keeper.plan
             if plan is not None and plan.deadline:
                 times.append(plan.deadline)
+            if self.keeper.outdated or self.keeper.counter_behind:
+                times.append(0)
         return min(times, default=None)
 
     # --- changing: each is one task of its own, so that a caller who hangs up does not leave it half adopted
@@ -177,7 +181,9 @@ class Host:
         """Open the backup with the sealed copy, if there is one. Never raises for what a host can be in."""
         task = self._spawn(self._start())
         await asyncio.wait({task}, timeout=UNSEAL_PATIENCE)
-        if not task.done():
+        if task.done():
+            task.result()
+        else:
             self._set_locked(LockReason.TPM_FAILED, f"no answer in {UNSEAL_PATIENCE} s; still trying")
 
     async def initialise(self, facts: Facts) -> Keyring:
@@ -218,29 +224,45 @@ class Host:
         await self._run(self._tick())
 
     async def inspect(self, function: Callable[[], T]) -> T:
-        """Run a blocking read on the worker, between changes."""
-        async with self._changing:
-            return await self._on_worker(function)
+        """Run a blocking read on the worker, between changes. Raises `TpmFailed` if a change takes too long."""
+        try:
+            return await asyncio.wait_for(self._on_worker(function), _STATUS_PATIENCE)
+        except TimeoutError as err:
+            raise TpmFailed("the TPM, or the disk, is busy and does not answer") from err
 
     async def close(self) -> None:
-        """Wait for the change in hand, then wipe."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        """Wait for the change in hand, within bounds, then wipe."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_END_PATIENCE)
         if self.keyring is not None:
             self.keyring.close()
             self.keyring = None
-        self._worker.shutdown(wait=True)
+        self.stuck = bool(self._tasks)
+        self._worker.shutdown(wait=not self.stuck, cancel_futures=True)
 
     # --- the changes
 
     async def _start(self) -> None:
-        async with self._changing:
+        async with self._alone():
+            if self.keeper.store.present():
+                # Whatever happens below: with a backup there this is no new host.
+                self._set_locked(LockReason.UNEXPECTED_REBOOT, "the start is not through")
             try:
                 self.audit.open()
                 self.audit.append("start", boot_id=machine.boot_id())
                 await self._first_state()
             except UnsealerdError as err:
-                self._refused(err)
+                self._refused(err, LockReason.TPM_FAILED)
+
+    async def _reload(self, config: Config) -> None:
+        async with self._alone():
+            self.configure(config)
+            self.rescheduled.set()  # what fails below is tried again by `tick`
+            if self.keyring is not None:
+                draft = Draft(self.keyring)
+                self._amend(draft)
+                if draft.changes or self.keeper.outdated:
+                    await self._write(draft)
 
     async def _first_state(self) -> None:
         await self._on_worker(self.keeper.finish_initialisation)
@@ -258,8 +280,6 @@ class Host:
             )
             self.audit.append("locked", reason=self._reason(), detail=self.lock_detail)
             return
-        # The state meanwhile, for whoever asks; replaced below.
-        self._set_locked(LockReason.UNEXPECTED_REBOOT, "the TPM is being asked for the sealed copy")
         self.audit.append("unseal")
         drafts: list[Draft] = []
         unsealed = await self._on_worker(lambda: self.keeper.unseal(self._amending(drafts)))
@@ -274,7 +294,7 @@ class Host:
         self._opened(unsealed.keyring, drafts)
 
     async def _initialise(self, facts: Facts) -> Keyring:
-        async with self._changing:
+        async with self._alone():
             if self.state is not State.UNINITIALISED:
                 raise AlreadyInitialised("this host has a keyring")
             self.audit.append("initialise", **facts)
@@ -288,14 +308,16 @@ class Host:
     async def _edit(
         self, event: str, edit: Callable[[Draft], None], facts: Facts, *, destroy: bool = False
     ) -> None:
-        async with self._changing:
+        async with self._alone():
             draft = Draft(self.open_keyring())
             edit(draft)
             self.audit.append(event, **facts)
             await self._write(draft, destroy=destroy)
+            if destroy:
+                self._require_counter("the bytes are destroyed here")
 
     async def _seal(self, kind: SealKind, deadline: int, facts: Facts) -> None:
-        async with self._changing:
+        async with self._alone():
             keyring = self.open_keyring()
             self.audit.append("seal", kind=kind.value, deadline=deadline or None, **facts)
             written = await self._on_worker(lambda: self.keeper.seal(keyring, kind, deadline))
@@ -304,24 +326,43 @@ class Host:
                 self._note("seal_failed", error=written.seal_error.name, detail=written.seal_error.detail)
                 raise written.seal_error
             self._note("sealed", generation=written.keyring.metadata.generation)
+            self.rescheduled.set()
 
     async def _disarm(self, event: str, facts: Facts) -> None:
-        async with self._changing:
-            keyring = self.open_keyring()
-            if self.keeper.plan is None:
+        async with self._alone():
+            if self.keeper.plan is None and not self.keeper.has_sealed_copy():
                 raise NotArmed("there is no sealed copy")
+            if self.keyring is None and self.state is State.LOCKED:
+                # Without the keyring the counter cannot be moved along; the next unlock does that.
+                self.audit.append(event, **facts)
+                await self._on_worker(self.keeper.discard_refused)
+                return
             self.audit.append(event, **facts)
-            self._adopt((await self._on_worker(lambda: self.keeper.destroy_sealed(keyring))).keyring)
-            self._note("sealed_copy_destroyed")
+            await self._destroy_sealed()
+
+    async def _destroy_sealed(self) -> None:
+        """Raises `TpmFailed` when a copy of the disk would still open: nobody is to believe otherwise."""
+        keyring = self.open_keyring()
+        self._adopt((await self._on_worker(lambda: self.keeper.destroy_sealed(keyring))).keyring)
+        self._require_counter("the sealed copy is gone from this disk")
+        self._note("sealed_copy_destroyed")
+
+    def _require_counter(self, what: str) -> None:
+        if self.keeper.counter_behind:
+            self._note("counter_behind")
+            raise TpmFailed(
+                f"{what}, but the TPM's counter could not be moved: a copy of the disk from before would still open. "
+                "It is tried again every minute; `status` says when it is done"
+            )
 
     async def _lock(self, facts: Facts) -> None:
-        async with self._changing:
-            keyring = self.open_keyring()
+        async with self._alone():
+            self.open_keyring()
             self.audit.append("lock", **facts)
             detail = "locked by the administrator"
             try:
-                if self.keeper.plan is not None:
-                    self._adopt((await self._on_worker(lambda: self.keeper.destroy_sealed(keyring))).keyring)
+                if self.keeper.plan is not None or self.keeper.has_sealed_copy():
+                    await self._destroy_sealed()
                 await self._on_worker(lambda: self._remember(LockReason.LOCKED_BY_ADMIN, detail))
             finally:
                 # Whatever the disk and the TPM say: asked to lock, it locks.
@@ -331,13 +372,13 @@ class Host:
 
     async def _unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
         with file_key:
-            async with self._changing:
+            async with self._alone():
                 if self.state is not State.LOCKED:
                     raise NotLocked("the host is not locked")
                 self.audit.append("unlock", accept_rollback=accept_rollback or None, **facts)
                 drafts: list[Draft] = []
                 try:
-                    keyring = await self._on_worker(
+                    unlocked = await self._on_worker(
                         lambda: self.keeper.unlock(
                             file_key, self._amending(drafts), accept_rollback=accept_rollback
                         )
@@ -347,25 +388,28 @@ class Host:
                     self._refused(err)
                     raise
                 try:
-                    self.audit.append("unlocked", generation=keyring.metadata.generation, **facts)
+                    self.audit.append("unlocked", generation=unlocked.keyring.metadata.generation, **facts)
                 except AuditUnwritable:
-                    keyring.close()
+                    unlocked.keyring.close()
                     raise
                 self._move(HostEvent.UNLOCK)
-                self._opened(keyring, drafts)
+                self._opened(unlocked.keyring, drafts if unlocked.written else [])
 
     async def _tick(self) -> None:
-        plan = self.keeper.plan
-        if self.keyring is not None and plan is not None and plan.deadline and plan.deadline <= self.now:
-            await self._disarm("lease_expired", {})
-        async with self._changing:
+        async with self._alone():
             if self.keyring is None:
                 return
-            draft = Draft(self.keyring)
+            plan = self.keeper.plan
+            if plan is not None and plan.deadline and plan.deadline <= self.now:
+                self.audit.append("lease_expired")
+                await self._destroy_sealed()
+            draft = Draft(self.open_keyring())
             self._amend(draft)
-            if draft.changes:
-                self.audit.append("scheduled_change", keys=sorted({c.key for c in draft.changes}))
+            if draft.changes or self.keeper.outdated or self.keeper.counter_behind:
+                # How many: which ones is recorded one by one when it is done, and a thousand names are no record.
+                self.audit.append("scheduled_change", changes=len(draft.changes))
                 await self._write(draft)
+                self._require_counter("what was due is done")
 
     async def _write(self, draft: Draft, *, destroy: bool = False) -> None:
         keyring = self.open_keyring()
@@ -401,9 +445,22 @@ class Host:
     def _declared(self, name: str) -> KeyConfig:
         return self.config.keys[name]
 
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One change at a time. Raises `TpmFailed` if the one before does not come to an end."""
+        try:
+            await asyncio.wait_for(self._changing.acquire(), _BUSY_PATIENCE)
+        except TimeoutError as err:
+            raise TpmFailed("the change before this one waits for the TPM, which does not answer") from err
+        try:
+            yield
+        finally:
+            self._changing.release()
+
     def _adopt(self, keyring: Keyring) -> None:
         old, self.keyring = self.keyring, keyring
         self.last_generation = keyring.metadata.generation
+        self.rescheduled.set()
         if old is not None:
             old.close()
 
@@ -427,12 +484,12 @@ class Host:
 
     def relock(self, err: UnsealerdError) -> None:
         """Locked already: take over a more urgent reason that an attempt to unlock has brought up."""
-        if self.state is State.LOCKED:
+        if self.state is State.LOCKED and self.lock_reason is not _LOCKS.get(type(err)):
             self._refused(err)
 
-    def _refused(self, err: UnsealerdError) -> None:
-        """Be locked, and say why."""
-        reason = err.reason if isinstance(err, SealRefused) else _LOCKS.get(type(err))
+    def _refused(self, err: UnsealerdError, otherwise: LockReason | None = None) -> None:
+        """Be locked, and say why; an error that has no lock reason of its own changes nothing, or is ``otherwise``."""
+        reason = err.reason if isinstance(err, SealRefused) else _LOCKS.get(type(err), otherwise)
         if reason is None:
             return
         self._set_locked(reason, err.detail)

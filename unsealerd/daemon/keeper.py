@@ -86,6 +86,13 @@ class Unsealed:
 
 
 @dataclass(frozen=True, slots=True)
+class Unlocked:
+    keyring: Keyring
+    written: bool
+    """Whether the backup was written anew; not so if the TPM had to be done without."""
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """A change that is durable."""
 
@@ -103,6 +110,9 @@ class Keeper:
         self._tpm = tpm
         self._clock = clock
         self._recipients: tuple[Recipient, ...] = ()
+        self._written_for: tuple[str, ...] | None = (
+            None  # whom the backup on disk was made for; None: not known
+        )
         self.plan: SealPlan | None = None
         self.counter_behind = False
 
@@ -110,6 +120,17 @@ class Keeper:
         """What the configuration says now."""
         self._recipients = tuple(recipients)
         self._tpm = tpm
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the backup was not written for the operators that the configuration names now."""
+        return self._written_for != self._operators()
+
+    def _operators_left(self) -> bool:
+        return not set(self._written_for or ()) <= set(self._operators())
+
+    def _operators(self) -> tuple[str, ...]:
+        return tuple(str(recipient) for recipient in self._recipients)
 
     @property
     def now(self) -> int:
@@ -125,28 +146,34 @@ class Keeper:
         self.finish_initialisation()
         if self.leftovers():
             raise AlreadyInitialised(f"there is {', '.join(self.leftovers())} of a keyring")
-        if not self._recipients:
-            raise ConfigInvalid("no [[operator]]: nobody could ever unlock this host")
         self._directory.write(INITIALISING, b"")
+        with self._session(attach=False) as tpm:
+            if tpm is not None:
+                self._pin_once(tpm)
+            written = self._change(draft, generation=1, tpm=tpm)
+        with contextlib.suppress(StorageFailed):
+            self.finish_initialisation()
+        return written.keyring
+
+    def _pin_once(self, tpm: "Tpm") -> None:
+        """Pin the TPM; with what an initialisation that was cut off has pinned, so that no counter is left behind in the TPM."""
         try:
-            with self._session(attach=False) as tpm:
-                if tpm is not None:
-                    self._write_pin(tpm.enrol())
-                return self._change(draft, generation=1, tpm=tpm).keyring
-        finally:
-            with contextlib.suppress(StorageFailed):
-                self.finish_initialisation()
+            self._attach(tpm)
+        except TpmChanged:
+            self._write_pin(tpm.enrol())
 
     def finish_initialisation(self) -> None:
-        """Clear up an initialisation that was cut off: without a backup no key was ever given out, and it can be repeated."""
-        if (self._directory.path / INITIALISING).exists():
-            if not self.store.present():
-                self._directory.remove(PIN)
+        """An initialisation that was cut off is complete if it has made the backup.
+
+        If not, no key was given out, and it can be repeated.
+        """
+        if (self._directory.path / INITIALISING).exists() and self.store.present():
             self._directory.remove(INITIALISING)
 
     def leftovers(self) -> tuple[str, ...]:
-        """The files of a keyring that there are."""
-        names = (BACKUP, PREVIOUS, PIN, SEALED)
+        """The files of a keyring that there are, but for the pin of an initialisation that was cut off."""
+        cut_off = (self._directory.path / INITIALISING).exists()
+        names = (BACKUP, PREVIOUS, SEALED) if cut_off else (BACKUP, PREVIOUS, PIN, SEALED)
         return tuple(name for name in names if (self._directory.path / name).exists())
 
     def unseal(self, amend: Callable[[Draft], None]) -> Unsealed:
@@ -185,7 +212,7 @@ class Keeper:
 
     def unlock(
         self, file_key: SecretBuffer, amend: Callable[[Draft], None], *, accept_rollback: bool
-    ) -> Keyring:
+    ) -> Unlocked:
         """Open the backup with the file key that an operator's answer gave.
 
         The backup is written anew, so that every sealed copy is dead. With ``accept_rollback`` an older backup is taken as it
@@ -194,13 +221,16 @@ class Keeper:
         opened = self._decrypt(file_key)
         with _closing(opened):
             try:
-                return self._adopt(opened, amend, accept_rollback=accept_rollback)
+                return Unlocked(self._adopt(opened, amend, accept_rollback=accept_rollback), written=True)
             except (TpmMissing, TpmFailed, TpmLockout):
                 if not accept_rollback:
                     raise
-        return self._decrypt(file_key)
+        return Unlocked(self._decrypt(file_key), written=False)
 
     def _adopt(self, opened: Keyring, amend: Callable[[Draft], None], *, accept_rollback: bool) -> Keyring:
+        if self._tpm is None and opened.metadata.counter is not None and not accept_rollback:
+            # Or one line of the configuration would turn the promise off, and that file is on the disk, too.
+            raise TpmMissing("the backup is tied to a TPM, and the configuration names none")
         with self._session(attach=False) as tpm:
             if tpm is not None:
                 try:
@@ -233,7 +263,10 @@ class Keeper:
         return self._rewrite(current, Draft(current), plan=SealPlan(kind, self.now, deadline))
 
     def destroy_sealed(self, current: Keyring) -> Written:
-        """Destroy the sealed copy: on disk, and, by the counter, in every copy of the disk."""
+        """Destroy the sealed copy: on disk, and, by the counter, in every copy of the disk.
+
+        The latter has not happened if `counter_behind` is true afterwards.
+        """
         self._directory.remove(SEALED)
         return self._rewrite(current, Draft(current), plan=None)
 
@@ -244,6 +277,10 @@ class Keeper:
     def _rewrite(
         self, current: Keyring, draft: Draft, *, plan: SealPlan | None, forget_previous: bool = False
     ) -> Written:
+        if self._tpm is None and current.metadata.counter is not None:
+            raise TpmMissing(
+                "the backup is tied to a TPM; without one it has to be unlocked anew, with --accept-rollback"
+            )
         with self._session() as tpm:
             if tpm is not None:
                 self._require_current(current, tpm)
@@ -261,14 +298,18 @@ class Keeper:
         plan: SealPlan | None = None,
         forget_previous: bool = False,
     ) -> Written:
+        if not self._recipients:
+            raise ConfigInvalid("no [[operator]]: nobody could ever unlock this host")
         value = None if tpm is None else tpm.counter() + 1
         fresh = draft.build(generation=generation, counter=value, now=self.now)
         try:
             with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
                 data = encrypt(fresh.buffer.view, file_key, self._recipients)
                 self._prove_readable(data, file_key, fresh)
-                self.store.write(data, forget_previous=forget_previous)
+                # Who is no operator any more is not to find the generation before beside the new one.
+                self.store.write(data, forget_previous=forget_previous or self._operators_left())
                 # The change has happened. What fails from here on is reported, and does not undo it.
+                self._written_for = self._operators()
                 self._advance(tpm, value)
                 return Written(fresh, self._follow(tpm, file_key, value, plan))
         except BaseException:
@@ -287,7 +328,7 @@ class Keeper:
             return
         try:
             self.counter_behind = tpm.increment() != value
-        except (TpmMissing, TpmFailed, TpmLockout):
+        except (UnsealerdError, OSError):
             self.counter_behind = True
 
     def _follow(
@@ -311,8 +352,10 @@ class Keeper:
                 deadline=plan.deadline,
             )
             self._directory.write(SEALED, copy.encode())
-        except (StorageFailed, TpmMissing, TpmFailed, TpmLockout) as err:
+        except UnsealerdError as err:
             return err
+        except OSError as err:
+            return TpmFailed(str(err.strerror))
         self.plan = plan
         return None
 
@@ -381,7 +424,7 @@ class Keeper:
         try:
             with self._session(attach=False) as tpm:
                 return None if tpm is None else tpm.facts().reset_count
-        except (TpmMissing, TpmFailed, TpmLockout):
+        except UnsealerdError:
             return None
 
     def tpm_facts(self) -> "tuple[TpmFacts, int | None]":

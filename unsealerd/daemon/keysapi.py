@@ -66,19 +66,16 @@ class KeysApi:
     def list_keys(self, connection: "Connection", _: Empty) -> dict[str, object]:
         caller = connection.peer.caller
         keyring = self._host.keyring
-        known = {key.name: key for key in keyring.metadata.keys} if keyring is not None else {}
         keys: list[dict[str, object]] = []
-        for name in sorted(self._host.config.keys):
+        for name in self._access.granted(caller):
             operations = self._access.operations(caller, name)
-            if not operations:
-                continue
             entry: dict[str, object] = {
                 "name": name,
                 "operations": sorted(operation.value for operation in operations),
                 "versions": [],
             }
-            if name in known:
-                key = known[name]
+            key = keyring.find(name) if keyring is not None else None
+            if key is not None:
                 entry["primary"] = key.primary.version if key.primary is not None else None
                 entry["versions"] = [
                     {"version": v.version, "state": v.state.value, "created": v.created} for v in key.versions

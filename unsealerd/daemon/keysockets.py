@@ -10,8 +10,8 @@ connection is never ended before a whole key was sent, whatever happens:
   reader sent something that was not read). So `keep` is told of each accepted connection, and can have the service
   manager hold a copy (FDSTORE=1): then not even the end of the daemon ends it. Without one, a reader that was
   accepted and not served reads end-of-file when the daemon's process ends.
-* For the same reason nobody can be turned away for having too many connections. Beyond `KeyLimits.open` none is accepted until
-  another one is given up: late, but never empty.
+* For the same reason nobody is turned away for there being too many connections. Beyond `KeyLimits.open` none is accepted until
+  another one is given up: late, but never empty. Only a user with hundreds of readers that wait, all of them denied, is let go.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import contextlib
 import logging
 import resource
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,14 @@ from pathlib import Path
 from unsealerd.daemon.caller import Peer
 from unsealerd.daemon.hangup import HangUps
 from unsealerd.daemon.listener import Listener, remove_stale
-from unsealerd.errors import CallerChanged, LimitExceeded, Locked, StorageFailed, UnsealerdError
+from unsealerd.errors import (
+    AuditUnwritable,
+    CallerChanged,
+    LimitExceeded,
+    Locked,
+    StorageFailed,
+    UnsealerdError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -41,15 +49,16 @@ class KeyLimits:
     """``open``: accepted connections at a time (never more than half of RLIMIT_NOFILE is used)."""
 
     open: int = 16384
+    open_per_uid: int = 512  # of one user, root excepted; who has more is denied over and over, and is let go
     backlog: int = 512  # waiting for an unlock, for each key; who connects beyond that waits in connect(2)
     accepts_per_turn: int = 64
-    retry_seconds: float = 1.0  # after running out of descriptors
+    retry_seconds: float = 1.0  # after running out of descriptors, or out of disk for the audit log
 
 
 class KeyConnection:
     """One reader. `send_secret` ends it; otherwise it is held until the reader gives up."""
 
-    __slots__ = ("_owner", "name", "parked", "peer", "sock", "task", "turn")
+    __slots__ = ("_owner", "counted", "name", "parked", "peer", "sock", "task", "told", "turn")
 
     def __init__(self, owner: "KeySockets", name: str, sock: socket.socket) -> None:
         self._owner = owner
@@ -58,6 +67,8 @@ class KeyConnection:
         self.peer: Peer | None = None
         self.task: asyncio.Future[None] | None = None
         self.turn = 0
+        self.told = False  # that it waits, to the log
+        self.counted = False  # among the readers of its user
         self.parked = False  # waits for `KeySockets.resume`
 
     @property
@@ -118,10 +129,12 @@ class KeySockets:
         self._serve = serve
         self._keep = keep
         self._limits = limits if limits is not None else KeyLimits()
-        self._most = min(self._limits.open, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # There are two of these, and a reader that waits takes up to three descriptors; the rest is for everybody else.
+        self._most = min(self._limits.open, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
         self._hangups = HangUps()
         self._listeners: dict[str, Listener] = {}
         self._open: set[KeyConnection] = set()
+        self._per_uid: Counter[int] = Counter()
         self._running = False
         self._accepting = False
         self._retry: asyncio.TimerHandle | None = None
@@ -243,7 +256,7 @@ class KeySockets:
         self._retry = None
         self._update()
         for connection in tuple(self._open):
-            if self._running and connection.parked and connection.peer is None:
+            if self._running and connection.parked:
                 self._start(connection)
 
     # --- connections
@@ -262,6 +275,13 @@ class KeySockets:
         try:
             if connection.peer is None:
                 connection.peer = Peer.of(connection.sock, credentials=True)
+                if not self._count(connection.peer.caller.uid):
+                    _log.warning(
+                        "key_reader_let_go key=%s uid=%d", connection.name, connection.peer.caller.uid
+                    )
+                    self.release(connection)
+                    return
+                connection.counted = True
         except CallerChanged as error:
             self._hold(connection, error.name)
             return
@@ -280,12 +300,31 @@ class KeySockets:
             _log.error("handler_bug type=%s", type(error).__name__)
         if connection.gone:
             return
-        if not isinstance(error, Locked):
+        if isinstance(error, AuditUnwritable):
+            # It may well be entitled: ask again when there is room for the record.
+            if not connection.told:
+                connection.told = True
+                _log.warning("key_reader_waits key=%s why=%s", connection.name, error.name)
+            connection.parked = True
+            if self._retry is None:
+                self._retry = self._loop.call_later(self._limits.retry_seconds, self._again)
+        elif not isinstance(error, Locked):
             self._hold(connection, error.name if isinstance(error, UnsealerdError) else "not_served")
         elif self._running and connection.turn != self._turn:
             self._start(connection)  # unlocked again since it asked
         else:
             connection.parked = True
+
+    def _count(self, uid: int) -> bool:
+        """Whether one more reader of this user may wait.
+
+        Without a bound, one user could keep all others from their keys. Who is let go reads an end without data; that is
+        no danger, for a reader that is entitled waits here only while the audit log cannot be written.
+        """
+        if uid != 0 and self._per_uid[uid] >= self._limits.open_per_uid:
+            return False
+        self._per_uid[uid] += 1
+        return True
 
     def _hold(self, connection: KeyConnection, why: str) -> None:
         """Neither a key nor an end, until the reader gives up."""
@@ -299,6 +338,10 @@ class KeySockets:
         if connection.gone:
             return
         self._open.discard(connection)
+        if connection.task is not None:
+            connection.task.cancel()  # nobody waits for it any more, and it may wait for long
+        if connection.counted and connection.peer is not None:
+            self._per_uid[connection.peer.caller.uid] -= 1
         self._hangups.forget(connection.sock.fileno())
         connection.sock.close()
         if connection.peer is not None:

@@ -69,7 +69,7 @@ class UnlockApi:
             version=call.version,
             nonce=call.nonce,
             tags=call.tags,
-            peer="console" if self._console else call.peer or "unknown",
+            peer=None if self._console else call.peer or "unknown",
         )
         reason = self._host.lock_reason
         return {

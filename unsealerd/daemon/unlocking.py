@@ -28,8 +28,10 @@ from unsealerd.errors import (
 from unsealerd.model import State
 
 MAX_SESSIONS = 64
+MAX_CONSOLE_SESSIONS = 16  # besides: whoever is at the console is not kept out by the network
 SHARES_NEEDED = 1
 _ANSWER_INTERVAL = 0.5  # seconds between the audited answers of one peer
+_CONSOLE = "console"
 _MAX_REASON = 256  # characters
 _MAX_PEER = 128  # characters
 
@@ -45,7 +47,7 @@ class Challenge:
 @dataclass(slots=True)
 class _Open:
     session: UnlockSession
-    peer: str
+    peer: str | None
     opened: int
     words: tuple[str, ...]
     timer: asyncio.TimerHandle
@@ -59,16 +61,20 @@ class Conversations:
         self._monotonic = monotonic
         self._pace = Pace(_ANSWER_INTERVAL, monotonic)
         self._open: dict[object, _Open] = {}
-        self._header: tuple[object, Header] | None = None
+        self._header: tuple[object, Header | BackupDamaged] | None = None
 
     def hello(
-        self, connection: object, *, version: int, nonce: bytes, tags: Sequence[bytes], peer: str
+        self, connection: object, *, version: int, nonce: bytes, tags: Sequence[bytes], peer: str | None
     ) -> Challenge:
-        """Start the connection's session. Raises the errors of the session, `NotLocked` and `LimitExceeded`."""
+        """Start the connection's session. ``peer``: None at the console.
+
+        Raises the errors of the session, `NotLocked` and `LimitExceeded`.
+        """
         self._require_locked()
         if connection in self._open:
             raise BadMessage("one hello for each connection")
-        if len(self._open) >= MAX_SESSIONS:
+        alike = sum((other.peer is None) == (peer is None) for other in self._open.values())
+        if alike >= (MAX_CONSOLE_SESSIONS if peer is None else MAX_SESSIONS):
             raise LimitExceeded("too many unlock sessions")
         now = int(self._monotonic())
         session = UnlockSession(secrets.token_bytes(SESSION_ID_SIZE), now)
@@ -82,7 +88,9 @@ class Conversations:
         )
         words = session_words(session.id, nonce, tuple(question.point for question in questions))
         timer = asyncio.get_running_loop().call_later(LIFETIME, self.end, connection)
-        self._open[connection] = _Open(session, _printable(peer, _MAX_PEER), self._host.now, words, timer)
+        self._open[connection] = _Open(
+            session, None if peer is None else _printable(peer, _MAX_PEER), self._host.now, words, timer
+        )
         return Challenge(session.id, questions, words, LIFETIME)
 
     async def answer(
@@ -104,7 +112,7 @@ class Conversations:
             self._require_locked()
             who: Facts = {
                 **facts,
-                "peer": opened.peer,
+                "peer": opened.peer or _CONSOLE,
                 "operators": list(opened.session.operators),
                 "reason": _printable(reason, _MAX_REASON) or None,
             }
@@ -133,7 +141,12 @@ class Conversations:
     def describe(self) -> list[dict[str, object]]:
         """The open sessions, as `status` shows them."""
         return [
-            {"operators": o.session.operators, "peer": o.peer, "opened": o.opened, "words": o.words}
+            {
+                "operators": o.session.operators,
+                "peer": o.peer or _CONSOLE,
+                "opened": o.opened,
+                "words": o.words,
+            }
             for o in self._open.values()
         ]
 
@@ -153,9 +166,12 @@ class Conversations:
             try:
                 self._header = (signature, self._host.keeper.header())
             except BackupDamaged as err:
+                self._header = (signature, err)
                 self._host.relock(err)
-                raise
-        return self._header[1]
+        header = self._header[1]
+        if isinstance(header, BackupDamaged):
+            raise BackupDamaged(header.detail)
+        return header
 
 
 def _printable(text: str, limit: int) -> str:

@@ -30,11 +30,12 @@ def create(directory: Path, owner: tuple[int, int] | None = None) -> bytes:
     """Make the key and its certificate in ``directory`` (made with mode 0700 if missing), and give the fingerprint.
 
     ``owner``: the uid and gid of the gateway's user. Each file appears whole or not at all, the certificate last: with it
-    the identity exists. Raises `AlreadyInitialised`, `StorageFailed`.
+    the identity exists. Raises `AlreadyInitialised`, `StorageFailed`, `IdentityInvalid`.
     """
     if (directory / CERTIFICATE_NAME).exists():
         raise AlreadyInitialised(f"{directory / CERTIFICATE_NAME} exists")
-    made = _generate()
+    # A key alone is what a creation that was cut off has left, or what every operator has pinned: it is kept.
+    made = _generate(_read(directory / KEY_NAME) if (directory / KEY_NAME).exists() else None)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         if owner is not None:
@@ -72,16 +73,31 @@ def check(directory: Path) -> None:
         raise IdentityInvalid(f"{directory}: {err.strerror}") from err
 
 
-def _generate() -> TlsIdentity:
+def _generate(pem: bytes | None = None) -> TlsIdentity:
+    """A certificate for the key, or for a new one."""
     import datetime
 
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        load_pem_private_key,
+    )
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-    private = ec.generate_private_key(ec.SECP256R1())
+    if pem is None:
+        private = ec.generate_private_key(ec.SECP256R1())
+    else:
+        try:
+            loaded = load_pem_private_key(pem, None)
+        except (ValueError, TypeError) as err:
+            raise IdentityInvalid(f"{KEY_NAME}: not a private key") from err
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise IdentityInvalid(f"{KEY_NAME}: not a key on P-256")
+        private = loaded
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "unsealerd")])
     usage = dict.fromkeys(
         (
