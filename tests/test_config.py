@@ -282,7 +282,7 @@ def test_too_many_keys_or_operators() -> None:
 )
 def test_what_is_not_toml(data: bytes) -> None:
     # How many digits a number may have is a setting of the interpreter: then it is TOML, and still no configuration.
-    with pytest.raises(ConfigInvalid, match="not TOML|unknown"):
+    with pytest.raises(ConfigInvalid, match=r"not TOML|unknown"):
         parse(data)
 
 

@@ -4,6 +4,7 @@ Every name in it is a contract. What is unknown, missing or out of range is `Con
 and the reason; nothing is guessed.
 """
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -112,11 +113,12 @@ def load(path: Path) -> Config:
     """Read and check the file. Raises `ConfigInvalid`."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            # The size first: read(limit) would allocate the limit, and the malloc of the daemon fills what it allocates.
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ConfigInvalid(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+            data = file.read()
     except OSError as err:
         raise ConfigInvalid(f"{path}: {err.strerror}") from err
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigInvalid(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     try:
         return parse(data)
     except ConfigInvalid as err:

@@ -105,7 +105,9 @@ class AdminApi:
     async def verify_backup(self, _connection: "Connection", _: Empty) -> dict[str, object]:
         metadata = self._host.open_keyring().metadata
         if self._host.keeper.outdated:
-            raise BackupDamaged("the backup is not yet written for the operators that the configuration names")
+            raise BackupDamaged(
+                "the backup is not yet written for the operators that the configuration names"
+            )
         data = await self._host.inspect(self._host.keeper.store.verify)
         header = self._host.keeper.header()
         self._require_stanzas(header)

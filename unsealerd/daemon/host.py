@@ -9,11 +9,10 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
-
-from unsealerd.config import Config, KeyConfig
+from unsealerd.config import Config
+from unsealerd.core import schedule
 from unsealerd.core.draft import Change, Draft
 from unsealerd.core.keyring import Keyring
 from unsealerd.core.lifecycle import HOST_TABLE, HostEvent
@@ -21,8 +20,10 @@ from unsealerd.core.secret import SecretBuffer
 from unsealerd.core.session import KnownOperator
 from unsealerd.daemon import machine
 from unsealerd.daemon.audit import AuditLog
-from unsealerd.daemon.keeper import Keeper, TpmSettings, Written
+from unsealerd.daemon.keeper import Keeper, Written
+from unsealerd.daemon.lockreason import FINAL, LOCKS, LockMemory
 from unsealerd.daemon.store import DurableDirectory
+from unsealerd.daemon.tpmlink import TpmLink, TpmSettings
 from unsealerd.daemon.watch import Event, Watchers
 from unsealerd.errors import (
     AlreadyInitialised,
@@ -33,65 +34,27 @@ from unsealerd.errors import (
     Locked,
     NotArmed,
     NotInitialised,
-    NotInstalled,
     NotLocked,
-    Rollback,
     SealRefused,
-    StorageFailed,
-    TpmChanged,
     TpmFailed,
-    TpmLockout,
-    TpmMissing,
     UnsealerdError,
 )
 from unsealerd.model import LockReason, SealKind, State
+
+if TYPE_CHECKING:
+    from unsealerd.tpm.facts import TpmFacts
 
 T = TypeVar("T")
 Facts = dict[str, object]
 """Who asked, as it stands in audit records."""
 
 UNSEAL_PATIENCE = 30  # seconds that the start waits for the TPM before it says that it is ready, locked
-_LOCK_FILE = "lock.json"
-_LOCK_FILE_BYTES = 4096
 
 _log = logging.getLogger("unsealerd")
 
 _BUSY_PATIENCE = 60  # seconds that a change waits for the one before it
 _STATUS_PATIENCE = 3  # seconds that `status` waits for the TPM
 _END_PATIENCE = 10  # seconds that the end waits for a change in hand
-
-_LOCKS: dict[type[UnsealerdError], LockReason] = {
-    TpmMissing: LockReason.TPM_MISSING,
-    NotInstalled: LockReason.TPM_MISSING,
-    TpmChanged: LockReason.TPM_CHANGED,
-    TpmLockout: LockReason.TPM_LOCKOUT,
-    TpmFailed: LockReason.TPM_FAILED,
-    Rollback: LockReason.ROLLBACK,
-    BackupDamaged: LockReason.BACKUP_DAMAGED,
-    StorageFailed: LockReason.STORAGE_FAILED,
-    AuditUnwritable: LockReason.STORAGE_FAILED,
-}
-
-# A sealed copy refused for one of these is never given again. For the others it may be: the daemon can be restarted when
-# the TPM, or the disk, is back.
-_FINAL = frozenset(
-    {
-        LockReason.NOT_THE_NEXT_BOOT,
-        LockReason.PCR_MISMATCH,
-        LockReason.SEALED_COPY_USED,
-        LockReason.SEALED_COPY_DAMAGED,
-        LockReason.LEASE_EXPIRED,
-    }
-)
-
-
-class _RememberedLock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why the host was locked in this boot, for a daemon that is restarted in it."""
-
-    boot_id: str
-    reset_count: int | None
-    reason: LockReason
-    detail: str
 
 
 class Host:
@@ -100,7 +63,9 @@ class Host:
         self.audit = audit
         self.watchers = Watchers()
         self._directory = DurableDirectory(config.daemon.state_dir)
-        self.keeper = Keeper(self._directory, None, clock)
+        self._link = TpmLink(self._directory)
+        self._memory = LockMemory(self._directory, self._link)
+        self.keeper = Keeper(self._directory, self._link, clock)
         self._worker = ThreadPoolExecutor(1, "keeper")
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -161,19 +126,13 @@ class Host:
 
     def due(self) -> int | None:
         """Unix seconds at which `tick` has something to do, or None."""
-        times: list[int] = []
-        if self.keyring is not None:
-            for key in self.keyring.metadata.keys:
-                every = self._declared(key.name).rotate_every if key.name in self.config.keys else None
-                if every is not None and key.primary is not None:
-                    times.append(key.primary.created + every)
-                times.extend(v.retires for v in key.versions if v.retires is not None)
-            plan = self.keeper.plan
-            if plan is not None and plan.deadline:
-                times.append(plan.deadline)
-            if self.keeper.outdated or self.keeper.counter_behind:
-                times.append(0)
-        return min(times, default=None)
+        if self.keyring is None:
+            return None
+        if self.keeper.outdated or self.keeper.counter_behind:
+            return 0
+        plan = self.keeper.plan
+        times = [schedule.due(self.keyring, self.config.keys), plan.deadline if plan is not None else None]
+        return min((time for time in times if time), default=None)
 
     # --- changing: each is one task of its own, so that a caller who hangs up does not leave it half adopted
 
@@ -222,6 +181,10 @@ class Host:
     async def tick(self) -> None:
         """Do what is due: rotations, the end of overlaps, the end of a lease."""
         await self._run(self._tick())
+
+    async def tpm_facts(self) -> "tuple[TpmFacts, int | None]":
+        """The TPM as it is now, and the counter. Raises the Tpm* errors."""
+        return await self.inspect(self._link.facts)
 
     async def inspect(self, function: Callable[[], T]) -> T:
         """Run a blocking read on the worker, between changes. Raises `TpmFailed` if a change takes too long."""
@@ -274,7 +237,7 @@ class Host:
             await self._on_worker(
                 self.keeper.header
             )  # a backup that nobody can open is said so before anybody tries
-            remembered = await self._on_worker(self._recall)
+            remembered = await self._on_worker(self._memory.recall)
             self._set_locked(
                 *(remembered or (LockReason.UNEXPECTED_REBOOT, "no sealed copy was left for this boot"))
             )
@@ -363,7 +326,7 @@ class Host:
             try:
                 if self.keeper.plan is not None or self.keeper.has_sealed_copy():
                     await self._destroy_sealed()
-                await self._on_worker(lambda: self._remember(LockReason.LOCKED_BY_ADMIN, detail))
+                await self._on_worker(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
             finally:
                 # Whatever the disk and the TPM say: asked to lock, it locks.
                 self._move(HostEvent.LOCK)
@@ -432,18 +395,7 @@ class Host:
         return amend
 
     def _amend(self, draft: Draft) -> None:
-        """What the configuration and the time ask for: declared keys, the end of overlaps, due rotations."""
-        now = self.now
-        for name, key in self.config.keys.items():
-            draft.create(name, owner=key.owner, purpose=key.purpose, size=key.size, now=now)
-        draft.expire(now)
-        for name, key in self.config.keys.items():
-            created = draft.primary_created(name)
-            if key.rotate_every is not None and created is not None and created + key.rotate_every <= now:
-                draft.rotate(name, size=key.size, overlap=key.overlap, now=now)
-
-    def _declared(self, name: str) -> KeyConfig:
-        return self.config.keys[name]
+        schedule.amend(draft, self.config.keys, self.now)
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
@@ -484,20 +436,20 @@ class Host:
 
     def relock(self, err: UnsealerdError) -> None:
         """Locked already: take over a more urgent reason that an attempt to unlock has brought up."""
-        if self.state is State.LOCKED and self.lock_reason is not _LOCKS.get(type(err)):
+        if self.state is State.LOCKED and self.lock_reason is not LOCKS.get(type(err)):
             self._refused(err)
 
     def _refused(self, err: UnsealerdError, otherwise: LockReason | None = None) -> None:
         """Be locked, and say why; an error that has no lock reason of its own changes nothing, or is ``otherwise``."""
-        reason = err.reason if isinstance(err, SealRefused) else _LOCKS.get(type(err), otherwise)
+        reason = err.reason if isinstance(err, SealRefused) else LOCKS.get(type(err), otherwise)
         if reason is None:
             return
         self._set_locked(reason, err.detail)
         _log.warning("locked: %s (%s)", reason.value, err.detail)
         with contextlib.suppress(UnsealerdError):
             self.audit.append("locked", reason=reason.value, detail=err.detail or None)
-            if reason in _FINAL and self.keeper.has_sealed_copy():
-                self._remember(reason, err.detail)
+            if reason in FINAL and self.keeper.has_sealed_copy():
+                self._memory.remember(reason, err.detail)
                 self.keeper.discard_refused()
 
     def _reason(self) -> str | None:
@@ -518,23 +470,6 @@ class Host:
             self.audit.append(event, **fields)
         except AuditUnwritable as err:
             _log.error("audit: %s could not be recorded: %s", event, err.detail)
-
-    def _remember(self, reason: LockReason, detail: str) -> None:
-        record = _RememberedLock(machine.boot_id(), self.keeper.reset_count(), reason, detail)
-        self._directory.write(_LOCK_FILE, msgspec.json.encode(record))
-
-    def _recall(self) -> tuple[LockReason, str] | None:
-        """The reason from before a restart of the daemon, if neither the machine nor the TPM was reset since."""
-        try:
-            data = self._directory.read(_LOCK_FILE, _LOCK_FILE_BYTES)
-            if data is None:
-                return None
-            record = msgspec.json.decode(data, type=_RememberedLock)
-        except (StorageFailed, ValueError, RecursionError):
-            return None
-        if record.boot_id != machine.boot_id() or record.reset_count != self.keeper.reset_count():
-            return None
-        return record.reason, record.detail
 
     async def _run(self, change: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(self._spawn(change))

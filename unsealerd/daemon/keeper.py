@@ -30,7 +30,8 @@ from unsealerd.core.age import (
 from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
 from unsealerd.core.secret import SecretBuffer
-from unsealerd.daemon.store import BACKUP, PREVIOUS, BackupStore, DurableDirectory
+from unsealerd.daemon.store import BACKUP, PREVIOUS, SMALL_FILE, BackupStore, DurableDirectory
+from unsealerd.daemon.tpmlink import PIN, TpmLink, TpmSettings
 from unsealerd.errors import (
     AgeHeaderInvalid,
     AgeMacInvalid,
@@ -52,14 +53,10 @@ from unsealerd.model import LockReason, SealKind
 
 if TYPE_CHECKING:
     from unsealerd.tpm.device import Tpm
-    from unsealerd.tpm.facts import TpmFacts
-    from unsealerd.tpm.pin import TpmPin
     from unsealerd.tpm.sealed import SealedCopy
 
 SEALED = "sealed.json"
-PIN = "tpm.json"
 INITIALISING = "initialising"
-_SMALL_FILE = 64 << 10  # bytes
 
 
 class SealPlan(msgspec.Struct, frozen=True):
@@ -69,13 +66,6 @@ class SealPlan(msgspec.Struct, frozen=True):
     created: int
     deadline: int
     """Unix seconds; 0: no lease."""
-
-
-@dataclass(frozen=True, slots=True)
-class TpmSettings:
-    tcti: str
-    pcrs: tuple[int, ...]
-    extra_resets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +92,10 @@ class Written:
 
 
 class Keeper:
-    def __init__(
-        self, directory: DurableDirectory, tpm: TpmSettings | None, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, directory: DurableDirectory, link: TpmLink, clock: Callable[[], float]) -> None:
         self._directory = directory
         self.store = BackupStore(directory)
-        self._tpm = tpm
+        self._link = link
         self._clock = clock
         self._recipients: tuple[Recipient, ...] = ()
         self._written_for: tuple[str, ...] | None = (
@@ -119,7 +107,7 @@ class Keeper:
     def configure(self, recipients: Sequence[Recipient], tpm: TpmSettings | None) -> None:
         """What the configuration says now."""
         self._recipients = tuple(recipients)
-        self._tpm = tpm
+        self._link.settings = tpm
 
     @property
     def outdated(self) -> bool:
@@ -147,7 +135,7 @@ class Keeper:
         if self.leftovers():
             raise AlreadyInitialised(f"there is {', '.join(self.leftovers())} of a keyring")
         self._directory.write(INITIALISING, b"")
-        with self._session(attach=False) as tpm:
+        with self._link.session(attach=False) as tpm:
             if tpm is not None:
                 self._pin_once(tpm)
             written = self._change(draft, generation=1, tpm=tpm)
@@ -158,9 +146,9 @@ class Keeper:
     def _pin_once(self, tpm: "Tpm") -> None:
         """Pin the TPM; with what an initialisation that was cut off has pinned, so that no counter is left behind in the TPM."""
         try:
-            self._attach(tpm)
+            self._link.attach(tpm)
         except TpmChanged:
-            self._write_pin(tpm.enrol())
+            self._link.pin_anew(tpm)
 
     def finish_initialisation(self) -> None:
         """An initialisation that was cut off is complete if it has made the backup.
@@ -183,7 +171,7 @@ class Keeper:
         keys are then not given.
         """
         copy = self._sealed_copy()
-        with self._session() as tpm:
+        with self._link.session() as tpm:
             if tpm is None:
                 raise SealRefused(LockReason.TPM_MISSING, "there is a sealed copy, and no TPM is configured")
             with tpm.unseal(copy, self.now) as file_key:
@@ -228,18 +216,18 @@ class Keeper:
         return Unlocked(self._decrypt(file_key), written=False)
 
     def _adopt(self, opened: Keyring, amend: Callable[[Draft], None], *, accept_rollback: bool) -> Keyring:
-        if self._tpm is None and opened.metadata.counter is not None and not accept_rollback:
+        if self._link.settings is None and opened.metadata.counter is not None and not accept_rollback:
             # Or one line of the configuration would turn the promise off, and that file is on the disk, too.
             raise TpmMissing("the backup is tied to a TPM, and the configuration names none")
-        with self._session(attach=False) as tpm:
+        with self._link.session(attach=False) as tpm:
             if tpm is not None:
                 try:
-                    self._attach(tpm)
+                    self._link.attach(tpm)
                     self._require_current(opened, tpm)
                 except TpmChanged:
                     if not accept_rollback:
                         raise
-                    self._write_pin(tpm.enrol())
+                    self._link.pin_anew(tpm)
                 except Rollback:
                     if not accept_rollback:
                         raise
@@ -258,7 +246,7 @@ class Keeper:
 
     def seal(self, current: Keyring, kind: SealKind, deadline: int) -> Written:
         """Write the backup anew and seal its file key. Raises as `change` does, and `TpmMissing` without a TPM."""
-        if self._tpm is None:
+        if self._link.settings is None:
             raise TpmMissing("no TPM is configured, so nothing can be sealed")
         return self._rewrite(current, Draft(current), plan=SealPlan(kind, self.now, deadline))
 
@@ -277,11 +265,11 @@ class Keeper:
     def _rewrite(
         self, current: Keyring, draft: Draft, *, plan: SealPlan | None, forget_previous: bool = False
     ) -> Written:
-        if self._tpm is None and current.metadata.counter is not None:
+        if self._link.settings is None and current.metadata.counter is not None:
             raise TpmMissing(
                 "the backup is tied to a TPM; without one it has to be unlocked anew, with --accept-rollback"
             )
-        with self._session() as tpm:
+        with self._link.session() as tpm:
             if tpm is not None:
                 self._require_current(current, tpm)
             generation = current.metadata.generation + 1
@@ -340,14 +328,14 @@ class Keeper:
             self._directory.remove(SEALED)
             if plan is None:
                 return None
-            if tpm is None or value is None or self._tpm is None or self.counter_behind:
+            if tpm is None or value is None or self._link.settings is None or self.counter_behind:
                 return TpmFailed("the counter could not be incremented, so nothing was sealed")
             copy = tpm.seal(
                 file_key,
                 kind=plan.kind,
-                pcrs=self._tpm.pcrs,
+                pcrs=self._link.settings.pcrs,
                 counter=value,
-                extra_resets=self._tpm.extra_resets,
+                extra_resets=self._link.settings.extra_resets,
                 created=plan.created,
                 deadline=plan.deadline,
             )
@@ -388,63 +376,10 @@ class Keeper:
         if value > counter:
             raise TpmChanged(f"the backup has the value {value}, the TPM's counter is only at {counter}")
 
-    @contextlib.contextmanager
-    def _session(self, *, attach: bool = True) -> Iterator["Tpm | None"]:
-        """The TPM, opened for one operation, so that nothing depends on it in between. None without a TPM."""
-        if self._tpm is None:
-            yield None
-            return
-        from unsealerd.tpm.device import Tpm
-
-        tpm = Tpm.open(self._tpm.tcti)
-        try:
-            if attach:
-                self._attach(tpm)
-            yield tpm
-        finally:
-            tpm.close()
-
-    def _attach(self, tpm: "Tpm") -> None:
-        pin = self.pin()
-        if pin is None:
-            raise TpmChanged(f"{PIN} is missing: no TPM was pinned for this backup")
-        tpm.attach(pin)
-
-    def pin(self) -> "TpmPin | None":
-        """What was pinned at initialisation. Raises `TpmChanged` if it cannot be read."""
-        from unsealerd.tpm.pin import TpmPin
-
-        data = self._directory.read(PIN, _SMALL_FILE)
-        if data is None:
-            return None
-        return TpmPin.decode(data)
-
-    def reset_count(self) -> int | None:
-        """The TPM's count of resets, or None where there is none to ask."""
-        try:
-            with self._session(attach=False) as tpm:
-                return None if tpm is None else tpm.facts().reset_count
-        except UnsealerdError:
-            return None
-
-    def tpm_facts(self) -> "tuple[TpmFacts, int | None]":
-        """The TPM as it is now, and the counter, if there is one yet. Raises the Tpm* errors."""
-        with self._session(attach=False) as tpm:
-            if tpm is None:
-                raise TpmMissing("no TPM is configured")
-            pin = self.pin()
-            if pin is None:
-                return tpm.facts(), None
-            tpm.attach(pin)
-            return tpm.facts(), tpm.counter()
-
-    def _write_pin(self, pin: "TpmPin") -> None:
-        self._directory.write(PIN, pin.encode())
-
     def _sealed_copy(self) -> "SealedCopy":
         from unsealerd.tpm.sealed import SealedCopy
 
-        data = self._directory.read(SEALED, _SMALL_FILE)
+        data = self._directory.read(SEALED, SMALL_FILE)
         if data is None:
             raise SealRefused(LockReason.UNEXPECTED_REBOOT, "there is no sealed copy")
         return SealedCopy.decode(data)

@@ -71,7 +71,7 @@ class Report:
             return {"present": False, "tcti": "none", "pcrs": list(tpm.pcrs), "error": None}
         report: dict[str, object] = {"present": True, "tcti": tpm.tcti, "pcrs": list(tpm.pcrs), "error": None}
         try:
-            facts, counter = await self._host.inspect(self._host.keeper.tpm_facts)
+            facts, counter = await self._host.tpm_facts()
         except UnsealerdError as err:
             report["error"] = err.name
             report["present"] = not isinstance(err, TpmMissing)

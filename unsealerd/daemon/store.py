@@ -17,6 +17,7 @@ from unsealerd.errors import BackupDamaged, NotInitialised, StorageFailed
 
 BACKUP = "keyring.age"
 PREVIOUS = "keyring.age.previous"
+SMALL_FILE = 64 << 10  # bytes: more than any other file of the state directory has
 MAX_BACKUP_BYTES = 20 << 20
 
 
@@ -72,16 +73,20 @@ class DurableDirectory:
         except OSError as err:
             raise StorageFailed(f"{self.path / name}: {err.strerror}") from err
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise StorageFailed(f"{self.path / name}: not a regular file")
             with os.fdopen(fd, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
+                # Not the limit at once: Python would allocate that, and the malloc of the daemon fills what it allocates.
+                data = file.read(min(found.st_size, limit) + 1)
         except OSError as err:
             raise StorageFailed(f"{self.path / name}: {err.strerror}") from err
         finally:
             os.close(fd)
         if len(data) > limit:
             raise StorageFailed(f"{self.path / name}: larger than {limit} bytes")
+        if len(data) > found.st_size:
+            raise StorageFailed(f"{self.path / name}: grows while it is read")
         return data
 
     def modified(self, name: str) -> int | None:
