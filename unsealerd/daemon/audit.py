@@ -110,7 +110,7 @@ class AuditLog:
         self._prev, self._seq, self._size = digest, self._seq + 1, self._size + len(line)
         if self._mirror is not None:
             with contextlib.suppress(OSError):  # the record is durable; the journal is a copy
-                self._mirror(record)
+                self._mirror({**record, "seq": self._seq, "hash": digest})
 
     def _undo(self) -> None:
         """Take back what was written of a line, so that the next one continues the chain."""
