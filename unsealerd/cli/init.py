@@ -47,7 +47,7 @@ def init(app: App) -> None:
     show_fingerprint(digest)
     print_line()
     print_line("what to do next:")
-    print_line("  systemctl enable --now unsealerd-gateway     operators can reach this host")
+    print_line("  start unsealerd-gateway                      operators can reach this host")
     print_line("  unsealctl host add NAME HOST:PORT            on each operator's machine; compare the words")
     print_line("  unsealctl backup export FILE                 keep a copy of the backup off this machine")
 
