@@ -111,10 +111,10 @@ class Application:
             for server in servers:
                 await server.close()
             await reader.close()
-            await self._host.close()
+            ended = await self._host.close()
             self._host.audit.close()
-            if self._host.stuck:
-                # A thread that hangs in the kernel cannot be ended, and Python would wait for it for ever.
+            if not ended:
+                # Python would wait for the thread for ever.
                 _log.error("the TPM does not answer; ending without it")
                 os._exit(_EX_SOFTWARE)
 

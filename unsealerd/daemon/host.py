@@ -7,9 +7,8 @@ keyring that is current meanwhile. A replaced keyring is wiped here, on the loop
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from unsealerd.config import Config
 from unsealerd.core import schedule
@@ -25,6 +24,7 @@ from unsealerd.daemon.lockreason import FINAL, LOCKS, LockMemory
 from unsealerd.daemon.store import DurableDirectory
 from unsealerd.daemon.tpmlink import TpmLink, TpmSettings
 from unsealerd.daemon.watch import Event, Watchers
+from unsealerd.daemon.worker import Worker
 from unsealerd.errors import (
     AlreadyInitialised,
     AuditUnwritable,
@@ -52,10 +52,6 @@ UNSEAL_PATIENCE = 30  # seconds that the start waits for the TPM before it says 
 
 _log = logging.getLogger("unsealerd")
 
-_BUSY_PATIENCE = 60  # seconds that a change waits for the one before it
-_STATUS_PATIENCE = 3  # seconds that `status` waits for the TPM
-_END_PATIENCE = 10  # seconds that the end waits for a change in hand
-
 
 class Host:
     def __init__(self, config: Config, clock: Callable[[], float], audit: AuditLog) -> None:
@@ -66,9 +62,7 @@ class Host:
         self._link = TpmLink(self._directory)
         self._memory = LockMemory(self._directory, self._link)
         self.keeper = Keeper(self._directory, self._link, clock)
-        self._worker = ThreadPoolExecutor(1, "keeper")
-        self._changing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._worker = Worker()
         self.state = State.UNINITIALISED
         self.lock_reason: LockReason | None = LockReason.FIRST_BOOT
         self.lock_detail = ""
@@ -77,7 +71,6 @@ class Host:
         self.last_generation: int | None = None
         self.policy_epoch = 0
         self.rescheduled = asyncio.Event()  # set when `due` may have another answer
-        self.stuck = False  # after `close`: the worker hangs in the TPM and will never end
         self.configure(config)
 
     # --- configuration
@@ -108,7 +101,7 @@ class Host:
     async def reload(self, config: Config) -> None:
         """Take over a configuration, make the keys that it declares, and write the backup to its operators."""
         self.audit.append("reload")
-        await self._run(self._reload(config))
+        await self._worker.finish(self._reload(config))
 
     # --- reading
 
@@ -138,7 +131,7 @@ class Host:
 
     async def start(self) -> None:
         """Open the backup with the sealed copy, if there is one. Never raises for what a host can be in."""
-        task = self._spawn(self._start())
+        task = self._worker.begin(self._start())
         await asyncio.wait({task}, timeout=UNSEAL_PATIENCE)
         if task.done():
             task.result()
@@ -146,7 +139,7 @@ class Host:
             self._set_locked(LockReason.TPM_FAILED, f"no answer in {UNSEAL_PATIENCE} s; still trying")
 
     async def initialise(self, facts: Facts) -> Keyring:
-        return await self._run(self._initialise(facts))
+        return await self._worker.finish(self._initialise(facts))
 
     async def rotate(self, name: str, facts: Facts) -> None:
         def edit(draft: Draft) -> None:
@@ -154,7 +147,7 @@ class Host:
             size, overlap = (declared.size, declared.overlap) if declared else (None, 0)
             draft.rotate(name, size=size, overlap=overlap, now=self.now)
 
-        await self._run(self._edit("key_rotate", edit, {**facts, "key": name}))
+        await self._worker.finish(self._edit("key_rotate", edit, {**facts, "key": name}))
 
     async def revoke(self, name: str, version: int | None, facts: Facts) -> None:
         def edit(draft: Draft) -> None:
@@ -162,51 +155,46 @@ class Host:
             draft.revoke(name, version, size=declared.size if declared else None, now=self.now)
 
         facts = {**facts, "key": name, "version": version}
-        await self._run(self._edit("key_revoke", edit, facts, destroy=True))
+        await self._worker.finish(self._edit("key_revoke", edit, facts, destroy=True))
 
     async def seal(self, kind: SealKind, deadline: int, facts: Facts) -> None:
         """``deadline``: Unix seconds at which the sealed copy is destroyed; 0: none."""
-        await self._run(self._seal(kind, deadline, facts))
+        await self._worker.finish(self._seal(kind, deadline, facts))
 
     async def disarm(self, facts: Facts) -> None:
-        await self._run(self._disarm("disarm", facts))
+        await self._worker.finish(self._disarm("disarm", facts))
 
     async def lock(self, facts: Facts) -> None:
-        await self._run(self._lock(facts))
+        await self._worker.finish(self._lock(facts))
 
     async def unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
         """Open the backup with a file key that an operator's answer gave. Takes the buffer over."""
-        await self._run(self._unlock(file_key, facts, accept_rollback=accept_rollback))
+        await self._worker.finish(self._unlock(file_key, facts, accept_rollback=accept_rollback))
 
     async def tick(self) -> None:
         """Do what is due: rotations, the end of overlaps, the end of a lease."""
-        await self._run(self._tick())
+        await self._worker.finish(self._tick())
 
     async def tpm_facts(self) -> "tuple[TpmFacts, int | None]":
         """The TPM as it is now, and the counter. Raises the Tpm* errors."""
         return await self.inspect(self._link.facts)
 
     async def inspect(self, function: Callable[[], T]) -> T:
-        """Run a blocking read on the worker, between changes. Raises `TpmFailed` if a change takes too long."""
-        try:
-            return await asyncio.wait_for(self._on_worker(function), _STATUS_PATIENCE)
-        except TimeoutError as err:
-            raise TpmFailed("the TPM, or the disk, is busy and does not answer") from err
+        """Call what blocks and only reads. Raises `TpmFailed` if it takes too long."""
+        return await self._worker.read(function)
 
-    async def close(self) -> None:
-        """Wait for the change in hand, within bounds, then wipe."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_END_PATIENCE)
+    async def close(self) -> bool:
+        """Wait for the change in hand, within bounds, then wipe. False if it hangs in the kernel, and cannot be ended."""
+        ended = await self._worker.close()
         if self.keyring is not None:
             self.keyring.close()
             self.keyring = None
-        self.stuck = bool(self._tasks)
-        self._worker.shutdown(wait=not self.stuck, cancel_futures=True)
+        return ended
 
     # --- the changes
 
     async def _start(self) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             if self.keeper.store.present():
                 # Whatever happens below: with a backup there this is no new host.
                 self._set_locked(LockReason.UNEXPECTED_REBOOT, "the start is not through")
@@ -218,7 +206,7 @@ class Host:
                 self._refused(err, LockReason.TPM_FAILED)
 
     async def _reload(self, config: Config) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             self.configure(config)
             self.rescheduled.set()  # what fails below is tried again by `tick`
             if self.keyring is not None:
@@ -228,16 +216,16 @@ class Host:
                     await self._write(draft)
 
     async def _first_state(self) -> None:
-        await self._on_worker(self.keeper.finish_initialisation)
+        await self._worker.blocking(self.keeper.finish_initialisation)
         if not self.keeper.store.present():
             if leftovers := self.keeper.leftovers():
                 raise BackupDamaged(f"there is {', '.join(leftovers)}, but no backup")
             return
         if not self.keeper.has_sealed_copy():
-            await self._on_worker(
+            await self._worker.blocking(
                 self.keeper.header
             )  # a backup that nobody can open is said so before anybody tries
-            remembered = await self._on_worker(self._memory.recall)
+            remembered = await self._worker.blocking(self._memory.recall)
             self._set_locked(
                 *(remembered or (LockReason.UNEXPECTED_REBOOT, "no sealed copy was left for this boot"))
             )
@@ -245,7 +233,7 @@ class Host:
             return
         self.audit.append("unseal")
         drafts: list[Draft] = []
-        unsealed = await self._on_worker(lambda: self.keeper.unseal(self._amending(drafts)))
+        unsealed = await self._worker.blocking(lambda: self.keeper.unseal(self._amending(drafts)))
         try:
             self.audit.append(
                 "unsealed", generation=unsealed.keyring.metadata.generation, destroyed=unsealed.proof.value
@@ -257,13 +245,13 @@ class Host:
         self._opened(unsealed.keyring, drafts)
 
     async def _initialise(self, facts: Facts) -> Keyring:
-        async with self._alone():
+        async with self._worker.alone():
             if self.state is not State.UNINITIALISED:
                 raise AlreadyInitialised("this host has a keyring")
             self.audit.append("initialise", **facts)
             draft = Draft(None)
             self._amend(draft)
-            keyring = await self._on_worker(lambda: self.keeper.initialise(draft))
+            keyring = await self._worker.blocking(lambda: self.keeper.initialise(draft))
             self._move(HostEvent.INITIALISE)
             self._opened(keyring, [draft])
             return keyring
@@ -271,7 +259,7 @@ class Host:
     async def _edit(
         self, event: str, edit: Callable[[Draft], None], facts: Facts, *, destroy: bool = False
     ) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             draft = Draft(self.open_keyring())
             edit(draft)
             self.audit.append(event, **facts)
@@ -280,10 +268,10 @@ class Host:
                 self._require_counter("the bytes are destroyed here")
 
     async def _seal(self, kind: SealKind, deadline: int, facts: Facts) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             keyring = self.open_keyring()
             self.audit.append("seal", kind=kind.value, deadline=deadline or None, **facts)
-            written = await self._on_worker(lambda: self.keeper.seal(keyring, kind, deadline))
+            written = await self._worker.blocking(lambda: self.keeper.seal(keyring, kind, deadline))
             self._adopt(written.keyring)
             if written.seal_error is not None:
                 self._note("seal_failed", error=written.seal_error.name, detail=written.seal_error.detail)
@@ -292,13 +280,13 @@ class Host:
             self.rescheduled.set()
 
     async def _disarm(self, event: str, facts: Facts) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             if self.keeper.plan is None and not self.keeper.has_sealed_copy():
                 raise NotArmed("there is no sealed copy")
             if self.keyring is None and self.state is State.LOCKED:
                 # Without the keyring the counter cannot be moved along; the next unlock does that.
                 self.audit.append(event, **facts)
-                await self._on_worker(self.keeper.discard_refused)
+                await self._worker.blocking(self.keeper.discard_refused)
                 return
             self.audit.append(event, **facts)
             await self._destroy_sealed()
@@ -306,7 +294,7 @@ class Host:
     async def _destroy_sealed(self) -> None:
         """Raises `TpmFailed` when a copy of the disk would still open: nobody is to believe otherwise."""
         keyring = self.open_keyring()
-        self._adopt((await self._on_worker(lambda: self.keeper.destroy_sealed(keyring))).keyring)
+        self._adopt((await self._worker.blocking(lambda: self.keeper.destroy_sealed(keyring))).keyring)
         self._require_counter("the sealed copy is gone from this disk")
         self._note("sealed_copy_destroyed")
 
@@ -319,14 +307,14 @@ class Host:
             )
 
     async def _lock(self, facts: Facts) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             self.open_keyring()
             self.audit.append("lock", **facts)
             detail = "locked by the administrator"
             try:
                 if self.keeper.plan is not None or self.keeper.has_sealed_copy():
                     await self._destroy_sealed()
-                await self._on_worker(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
+                await self._worker.blocking(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
             finally:
                 # Whatever the disk and the TPM say: asked to lock, it locks.
                 self._move(HostEvent.LOCK)
@@ -335,13 +323,13 @@ class Host:
 
     async def _unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
         with file_key:
-            async with self._alone():
+            async with self._worker.alone():
                 if self.state is not State.LOCKED:
                     raise NotLocked("the host is not locked")
                 self.audit.append("unlock", accept_rollback=accept_rollback or None, **facts)
                 drafts: list[Draft] = []
                 try:
-                    unlocked = await self._on_worker(
+                    unlocked = await self._worker.blocking(
                         lambda: self.keeper.unlock(
                             file_key, self._amending(drafts), accept_rollback=accept_rollback
                         )
@@ -359,7 +347,7 @@ class Host:
                 self._opened(unlocked.keyring, drafts if unlocked.written else [])
 
     async def _tick(self) -> None:
-        async with self._alone():
+        async with self._worker.alone():
             if self.keyring is None:
                 return
             plan = self.keeper.plan
@@ -376,7 +364,7 @@ class Host:
 
     async def _write(self, draft: Draft, *, destroy: bool = False) -> None:
         keyring = self.open_keyring()
-        written = await self._on_worker(lambda: self._write_blocking(keyring, draft, destroy))
+        written = await self._worker.blocking(lambda: self._write_blocking(keyring, draft, destroy))
         self._adopt(written.keyring)
         if written.seal_error is not None:
             self._note("seal_failed", error=written.seal_error.name, detail=written.seal_error.detail)
@@ -396,18 +384,6 @@ class Host:
 
     def _amend(self, draft: Draft) -> None:
         schedule.amend(draft, self.config.keys, self.now)
-
-    @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """One change at a time. Raises `TpmFailed` if the one before does not come to an end."""
-        try:
-            await asyncio.wait_for(self._changing.acquire(), _BUSY_PATIENCE)
-        except TimeoutError as err:
-            raise TpmFailed("the change before this one waits for the TPM, which does not answer") from err
-        try:
-            yield
-        finally:
-            self._changing.release()
 
     def _adopt(self, keyring: Keyring) -> None:
         old, self.keyring = self.keyring, keyring
@@ -470,15 +446,3 @@ class Host:
             self.audit.append(event, **fields)
         except AuditUnwritable as err:
             _log.error("audit: %s could not be recorded: %s", event, err.detail)
-
-    async def _run(self, change: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.shield(self._spawn(change))
-
-    def _spawn(self, change: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        task = asyncio.get_running_loop().create_task(change)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _on_worker(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function)
