@@ -326,6 +326,21 @@ def test_many_keys_that_are_due_at_once_rotate() -> None:
         wait_for(lambda: server.json("key", "show", "key-399")["versions"][-1]["version"] > 1, "the rotation")
 
 
+def test_a_tpm_that_hangs_holds_up_neither_services_nor_status_nor_the_end(server: Server) -> None:
+    assert server.tpm is not None
+    os.kill(server.tpm.pid, signal.SIGSTOP)
+    try:
+        status = server.status()
+        assert status["state"] == "unlocked"
+        assert status["tpm"]["error"] == "TpmFailed"
+        assert server.client.sign("demo", b"x").version == 1
+        assert server.ctl("lock", expect=None).returncode == 0
+        server.assert_locked("locked_by_admin")
+        assert server.stop() == 70
+    finally:
+        os.kill(server.tpm.pid, signal.SIGCONT)
+
+
 def test_init_keeps_a_tls_key_that_has_lost_its_certificate() -> None:
     with Server(tpm=False) as server:
         server.start()

@@ -48,6 +48,7 @@ T = TypeVar("T")
 Facts = dict[str, object]
 """Who asked, as it stands in audit records."""
 
+LOCK_PATIENCE = 20  # seconds that `lock` waits for the TPM to make a sealed copy void
 UNSEAL_PATIENCE = 30  # seconds that the start waits for the TPM before it says that it is ready, locked
 
 _log = logging.getLogger("unsealerd")
@@ -291,10 +292,21 @@ class Host:
             self.audit.append(event, **facts)
             await self._destroy_sealed()
 
-    async def _destroy_sealed(self) -> None:
-        """Raises `TpmFailed` when a copy of the disk would still open: nobody is to believe otherwise."""
+    async def _destroy_sealed(self, patience: float | None = None) -> None:
+        """Raises `TpmFailed` when a copy of the disk would still open: nobody is to believe otherwise.
+
+        ``patience``: seconds. After them the change may still happen, so only who gives the keyring up (`lock`) may set it.
+        """
         keyring = self.open_keyring()
-        self._adopt((await self._worker.blocking(lambda: self.keeper.destroy_sealed(keyring))).keyring)
+
+        def destroy() -> Written:
+            return self.keeper.destroy_sealed(keyring)
+
+        if patience is None:
+            written = await self._worker.blocking(destroy)
+        else:
+            written = await self._worker.within(patience, destroy)
+        self._adopt(written.keyring)
         self._require_counter("the sealed copy is gone from this disk")
         self._note("sealed_copy_destroyed")
 
@@ -313,13 +325,16 @@ class Host:
             detail = "locked by the administrator"
             try:
                 if self.keeper.plan is not None or self.keeper.has_sealed_copy():
-                    await self._destroy_sealed()
-                await self._worker.blocking(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
+                    await self._destroy_sealed(LOCK_PATIENCE)
             finally:
-                # Whatever the disk and the TPM say: asked to lock, it locks.
+                # Whatever the disk and the TPM say, and if they say nothing at all: asked to lock, it locks.
                 self._move(HostEvent.LOCK)
                 self._set_locked(LockReason.LOCKED_BY_ADMIN, detail)
             self._note("locked", reason=self._reason())
+            try:
+                await self.inspect(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
+            except UnsealerdError as err:
+                _log.warning("a restart will not know why it is locked error=%s", err.name)
 
     async def _unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
         with file_key:

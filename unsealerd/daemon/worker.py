@@ -52,8 +52,12 @@ class Worker:
 
     async def read(self, function: Callable[[], T]) -> T:
         """The same for what only reads. Raises `TpmFailed` if it takes too long."""
+        return await self.within(_READ_PATIENCE, function)
+
+    async def within(self, seconds: float, function: Callable[[], T]) -> T:
+        """The same, but do not wait for longer: `TpmFailed`. The thread may still do it, when the TPM answers again."""
         try:
-            return await asyncio.wait_for(self.blocking(function), _READ_PATIENCE)
+            return await asyncio.wait_for(self.blocking(function), seconds)
         except TimeoutError as err:
             raise TpmFailed("the TPM, or the disk, is busy and does not answer") from err
 
@@ -61,6 +65,14 @@ class Worker:
         """Wait for the change in hand, within bounds. False if the thread hangs in the kernel, and cannot be ended."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_END_PATIENCE)
-        ended = not self._tasks
-        self._thread.shutdown(wait=ended, cancel_futures=True)
-        return ended
+        try:
+            await asyncio.wait_for(self.blocking(_nothing), _READ_PATIENCE)  # a read may hang in it, too
+        except TimeoutError:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return False
+        self._thread.shutdown()
+        return True
+
+
+def _nothing() -> None:
+    """What a thread that is free does at once."""
