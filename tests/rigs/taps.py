@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import threading
@@ -45,10 +46,9 @@ class Tap:
             self.sent.append(sent)
             self.received.append(received)
             self._ends += [near, far]
-            for source, target, record in ((near, far, sent), (far, near, received)):
-                thread = threading.Thread(target=_pass_on, args=(source, target, record))
-                thread.start()
-                self._threads.append(thread)
+            thread = threading.Thread(target=_pass_on, args=(near, far, sent, received))
+            thread.start()
+            self._threads.append(thread)
 
     def __enter__(self) -> Self:
         return self
@@ -106,18 +106,44 @@ class TlsTap(Tap):
         return self._client.wrap_socket(plain, server_hostname="unsealerd.invalid")
 
 
-def _pass_on(source: socket.socket, target: socket.socket, record: bytearray) -> None:
+def _pass_on(near: socket.socket, far: socket.socket, sent: bytearray, received: bytearray) -> None:
+    """Both directions on one thread: OpenSSL allows no two threads on one connection."""
+    for end in (near, far):
+        end.setblocking(False)
     try:
-        while data := source.recv(65536):
-            record += data
-            target.sendall(data)
+        while True:
+            for source, target, record in ((near, far, sent), (far, near, received)):
+                while (data := _read(source)) is not None:
+                    if not data:
+                        return
+                    record += data
+                    _send_all(target, data)
+            select.select([near, far], [], [])
     except OSError:
         pass
-    _hang_up(target)
-    _hang_up(source)
+    finally:
+        _hang_up(near)
+        _hang_up(far)
+
+
+def _read(source: socket.socket) -> bytes | None:
+    """What is there now: None if nothing is, empty at the end."""
+    try:
+        return source.recv(65536)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return None
+
+
+def _send_all(target: socket.socket, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[target.send(rest) :]
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            select.select([], [target], [])
 
 
 def _hang_up(end: socket.socket) -> None:
-    # Not SSLSocket.shutdown, which would forget the TLS object under the other thread.
+    # Not SSLSocket.shutdown, which would forget the TLS object under the thread that uses it.
     with contextlib.suppress(OSError):
         socket.socket.shutdown(end, socket.SHUT_RDWR)
