@@ -27,7 +27,7 @@ tcti = "device:/dev/tpmrm0"        # or "swtpm:path=/…", or "none"
 pcrs = [7]
 
 [seal]
-on = ["reboot"]
+on = ["reboot", "kexec"]
 extra_resets = 0
 
 [gateway]

@@ -23,6 +23,7 @@ MAX_FILE_BYTES = 4 << 20
 MIN_KEY_BYTES = 16  # below the 128-bit security level
 MAX_KEY_BYTES = 1024
 MAX_EXTRA_RESETS = 3
+MAX_WINDOW = 86400  # seconds for which shares are kept in memory
 PCR_COUNT = 24
 
 MAX_SECONDS = 100 * 365 * 86400  # of a duration: what is added to the time of today is still a date
@@ -34,6 +35,7 @@ _MAX_ACCOUNT = 256  # characters of the name of a user or a group
 _TCTI = re.compile(r"(device:|swtpm:path=)/[^,\0]+")
 _DURATION = re.compile(r"([1-9][0-9]{0,9})(s|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_WEBHOOK = re.compile(r"https://[!-~]{1,1000}")
 _AT = re.compile(r"(.*) - at `(?:key in )?\$\.?([^`]*)`", re.DOTALL)
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ class TpmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    on: tuple[SealKind, ...] = (SealKind.REBOOT,)
+    on: tuple[SealKind, ...] = (SealKind.REBOOT, SealKind.KEXEC)
     extra_resets: Annotated[int, msgspec.Meta(ge=0, le=MAX_EXTRA_RESETS)] = 0
 
 
@@ -61,11 +63,33 @@ class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Unlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threshold: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """How many operators must answer."""
+    require: tuple[str, ...] = ()
+    """Operators and groups of which one must be among those who answer, for each name."""
+    window: int = 1800
+    """Seconds from the first answer to the last."""
 
 
 class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     recipient: str
+    groups: tuple[str, ...] = ()
+    passphrase: str | None = None
+    """``argon2id$...``: how the operator's passphrase becomes the private key (core/passphrase.py)."""
+
+
+class Notify(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who is told when the host is locked; nobody by default."""
+
+    command: tuple[str, ...] = ()
+    """A program with its arguments, run by a user without rights; the facts are in its environment."""
+    webhook: str | None = None
+    """An https:// address that gets a POST with the facts in JSON."""
+
+
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    textfile: Path | None = None
+    """Where the Prometheus node exporter picks up a file ``*.prom``."""
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +109,8 @@ class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds; None: only when asked."""
     overlap: int = 0
     """Seconds for which the version before the primary still verifies."""
+    on_rotate: tuple[str, ...] = ()
+    """Units that are reloaded, or else restarted, after a rotation."""
     allow: tuple[Rule, ...] = ()
 
 
@@ -94,6 +120,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seal: Seal = Seal()
     gateway: Gateway = Gateway()
     unlock: Unlock = Unlock()
+    notify: Notify = Notify()
+    metrics: Metrics = Metrics()
     operators: tuple[Operator, ...] = msgspec.field(default=(), name="operator")
     keys: dict[str, KeyConfig] = msgspec.field(default_factory=dict, name="key")
 
@@ -137,9 +165,14 @@ def parse(data: bytes) -> Config:
     _check_operators(config)
     _check_keys(config.keys)
     _check_listen(config.gateway)
-    for name, place in (("state_dir", config.daemon.state_dir), ("runtime_dir", config.daemon.runtime_dir)):
-        if not place.is_absolute():
-            raise ConfigInvalid(f"daemon.{name}: {place} is not an absolute path")
+    _check_notify(config.notify)
+    for name, place in (
+        ("daemon.state_dir", config.daemon.state_dir),
+        ("daemon.runtime_dir", config.daemon.runtime_dir),
+        ("metrics.textfile", config.metrics.textfile),
+    ):
+        if place is not None and not place.is_absolute():
+            raise ConfigInvalid(f"{name}: {place} is not an absolute path")
     return config
 
 
@@ -157,6 +190,9 @@ def _config(tables: dict[str, object]) -> Config:
         for number, table in enumerate(_list("operator", rest.pop("operator", [])))
     ]
     keys = {name: _key(name, table) for name, table in _table("key", rest.pop("key", {})).items()}
+    unlock = rest.get("unlock")
+    if isinstance(unlock, dict) and "window" in unlock:
+        rest["unlock"] = {**unlock, "window": _seconds("unlock.window", unlock["window"])}
     tpm = rest.get("tpm")
     if isinstance(tpm, dict) and tpm.get("tcti") == "none":
         rest["tpm"] = {**tpm, "tcti": None}
@@ -241,9 +277,31 @@ def _check_operators(config: Config) -> None:
         raise ConfigInvalid("operator: two have the same name")
     if len({operator.recipient.lower() for operator in operators}) != len(operators):
         raise ConfigInvalid("operator: two have the same recipient")
-    if config.unlock.threshold > 1:
+    _check_unlock(config)
+
+
+def _check_unlock(config: Config) -> None:
+    """What nobody could ever fulfil is refused before a backup is written for it."""
+    operators, unlock = config.operators, config.unlock
+    if unlock.threshold > 1 or unlock.require:
         # Splitting the file key is not built; a threshold that is not kept would be a false promise.
         raise ConfigInvalid("unlock.threshold: this version supports 1 only")
+    names = {operator.name for operator in operators}
+    for operator in operators:
+        for group in operator.groups:
+            if not _OPERATOR_NAME.fullmatch(group) or group in names:
+                raise ConfigInvalid(f"operator {operator.name}: {group!r} is not the name of a group")
+        if len(set(operator.groups)) != len(operator.groups):
+            raise ConfigInvalid(f"operator {operator.name}: a group is named twice")
+    if operators and unlock.threshold > len(operators):
+        raise ConfigInvalid(f"unlock.threshold: {unlock.threshold} of {len(operators)} operators")
+    if len(set(unlock.require)) != len(unlock.require):
+        raise ConfigInvalid("unlock.require: a name is there twice")
+    for name in unlock.require:
+        if name not in names and not any(name in operator.groups for operator in operators):
+            raise ConfigInvalid(f"unlock.require: {name!r} is neither an operator nor a group of one")
+    if not 1 <= unlock.window <= MAX_WINDOW:
+        raise ConfigInvalid(f"unlock.window: from 1 second to {MAX_WINDOW // 3600} hours")
 
 
 def _check_keys(keys: dict[str, KeyConfig]) -> None:
@@ -257,6 +315,9 @@ def _check_keys(keys: dict[str, KeyConfig]) -> None:
                 raise ConfigInvalid(f"key.{name}.{field}: required, printable, 200 characters at most")
         if key.rotate_every is not None and key.overlap > key.rotate_every:
             raise ConfigInvalid(f"key.{name}.overlap: longer than rotate_every")
+        for unit in key.on_rotate:
+            if not _UNIT_NAME.fullmatch(unit):
+                raise ConfigInvalid(f"key.{name}.on_rotate: {unit!r} is not a unit name such as web.service")
         for number, rule in enumerate(key.allow):
             _check_rule(f"key.{name}.allow[{number}]", rule)
 
@@ -285,3 +346,10 @@ def _check_listen(gateway: Gateway) -> None:
             separator and bare and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536
         ) or (":" in bare and bare == host):
             raise ConfigInvalid(f'gateway.listen: {address!r} is not "HOST:PORT" or "[IPV6]:PORT"')
+
+
+def _check_notify(notify: Notify) -> None:
+    if notify.command and not notify.command[0].startswith("/"):
+        raise ConfigInvalid(f"notify.command: {notify.command[0]!r} is not an absolute path")
+    if notify.webhook is not None and not _WEBHOOK.fullmatch(notify.webhook):
+        raise ConfigInvalid("notify.webhook: not an https:// address")

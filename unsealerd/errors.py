@@ -273,6 +273,91 @@ class SealRefused(UnsealerdError):
         self.reason = reason
 
 
+# --- the operator's card or token
+
+
+class ReaderMissing(UnsealerdError):
+    """No card reader, no PC/SC service, or the reader was unplugged."""
+
+    fault = Fault.HARDWARE
+
+
+class CardMissing(UnsealerdError):
+    """No card or token of this kind, or with this serial number, is plugged in."""
+
+    fault = Fault.HARDWARE
+
+
+class CardRemoved(UnsealerdError):
+    """The card was pulled out in the middle."""
+
+    fault = Fault.HARDWARE
+
+
+class CardBusy(UnsealerdError):
+    """Another program uses the card."""
+
+    fault = Fault.HARDWARE
+
+
+class CardReset(UnsealerdError):
+    """Another program reset the card in the middle, and did so again."""
+
+    fault = Fault.HARDWARE
+
+
+class CardFailed(UnsealerdError):
+    """The card or token answers with an error that has no name of its own here."""
+
+    fault = Fault.HARDWARE
+
+
+class WrongCard(UnsealerdError):
+    """The card has no key that fits, or another key than before."""
+
+    fault = Fault.HARDWARE
+
+
+class TouchMissed(UnsealerdError):
+    """The card waited for a touch that did not come."""
+
+    fault = Fault.HARDWARE
+
+
+class AttestationInvalid(UnsealerdError):
+    """The card's attestation does not prove that its key was made inside."""
+
+    fault = Fault.HARDWARE
+
+
+class PinWrong(UnsealerdError):
+    """The card refuses the PIN. `tries_left`: how many more it allows; None if it does not say."""
+
+    fault = Fault.CALLER
+
+    def __init__(self, detail: str = "", tries_left: int | None = None) -> None:
+        super().__init__(detail)
+        self.tries_left = tries_left
+
+
+class PinBlocked(UnsealerdError):
+    """The PIN was wrong too often: the card takes none until it is unblocked."""
+
+    fault = Fault.HARDWARE
+
+
+class PinLastTry(UnsealerdError):
+    """One try is left before the PIN is blocked, and nobody said to use it."""
+
+    fault = Fault.CALLER
+
+
+class PinCancelled(UnsealerdError):
+    """The PIN was not entered: cancelled, or too late."""
+
+    fault = Fault.CALLER
+
+
 # --- configuration
 
 

@@ -30,6 +30,8 @@ class LockReason(enum.Enum):
     STORAGE_FAILED = "storage_failed"
     LEASE_EXPIRED = "lease_expired"
     LOCKED_BY_ADMIN = "locked_by_admin"
+    DAEMON_STOPPED = "daemon_stopped"
+    MEMORY_REFUSED = "memory_refused"
 
 
 class VersionState(enum.Enum):

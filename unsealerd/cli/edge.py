@@ -32,6 +32,8 @@ class Exit(enum.IntEnum):
     STORED_DATA = 15
     HARDWARE = 16
     CONFIGURATION = 17
+    CARD = 18
+    PIN = 19
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -128,6 +130,31 @@ ANSWERS: dict[str, Answer] = {
     ),
     "TpmFailed": Answer(Exit.HARDWARE, _TPM),
     "SealRefused": Answer(Exit.HARDWARE, _TPM),
+    "ReaderMissing": Answer(
+        Exit.CARD,
+        "plug the reader in; `systemctl status pcscd.socket` shows whether the PC/SC service is there",
+    ),
+    "CardMissing": Answer(
+        Exit.CARD, "plug the card in, or name another: `-i piv:SERIAL`, `-i openpgp:SERIAL`"
+    ),
+    "CardRemoved": Answer(Exit.CARD, "put the card back, and run the command again; nothing was unlocked"),
+    "CardBusy": Answer(
+        Exit.CARD, "if it is GnuPG that has the card: `gpgconf --kill scdaemon`; then run the command again"
+    ),
+    "CardReset": Answer(Exit.CARD, "end the other program that uses the card, and run the command again"),
+    "CardFailed": Answer(Exit.CARD, "take the card out, put it back, and run the command again"),
+    "WrongCard": Answer(Exit.CARD, "plug in the card whose recipient is under [[operator]] on the host"),
+    "TouchMissed": Answer(Exit.CARD, "run the command again, and touch the device when it blinks"),
+    "AttestationInvalid": Answer(
+        Exit.CARD,
+        "make the key anew inside of the card; do not rely on one that may have been copied into it",
+    ),
+    "PinWrong": Answer(Exit.PIN, "run the command again with the right PIN; each wrong one costs a try"),
+    "PinBlocked": Answer(
+        Exit.PIN, "unblock the PIN with the card's PUK and its vendor's tool, or use another operator's card"
+    ),
+    "PinLastTry": Answer(Exit.PIN, "if you are sure of the PIN: the same with --last-try"),
+    "PinCancelled": Answer(Exit.PIN, "run the command again, and enter the PIN"),
     "ConfigInvalid": Answer(Exit.CONFIGURATION, "correct the file, or name another: --config FILE"),
     "NotInstalled": Answer(
         Exit.CONFIGURATION, "pip install 'unsealerd[operator]', or your distribution's package"

@@ -37,7 +37,22 @@ class Exchanging:
     recipient: str
 
 
-Event = KeyFileExposed | TlsOnly | Challenged | Exchanging
+@dataclass(frozen=True, slots=True)
+class TouchNeeded:
+    """The device may wait for a touch now."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinPadUsed:
+    """The PIN is to be entered at the reader itself; it never enters this computer. ``tries_left``: None if not known."""
+
+    device: str
+    tries_left: int | None
+
+
+Event = KeyFileExposed | TlsOnly | Challenged | Exchanging | TouchNeeded | PinPadUsed
 OnEvent = Callable[[Event], None]
 
 
