@@ -12,7 +12,10 @@ from unsealerd.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unsealerd"
-PROCESSES = ("daemon", "gateway", "operator", "client")
+PROCESSES = ("daemon", "gateway", "operator", "client", "watch")
+SHARED = {
+    "watch": {"client"}
+}  # the library of every local program that speaks with the daemon; the command uses it too
 COMPUTED = "?"  # a module whose name is not written down where it is imported
 VOCABULARY = frozenset({"errors", "model", "config", "notify"})
 
@@ -118,7 +121,7 @@ def test_only_the_table_of_commands_imports_what_is_not_written_there() -> None:
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_processes_do_not_import_each_other(process: str) -> None:
-    others = {*PROCESSES, "cli"} - {process}
+    others = {*PROCESSES, "cli"} - {process} - SHARED.get(process, set())
     assert [where for where, each in imports(process) if each.part in others] == []
 
 
@@ -147,7 +150,7 @@ def test_each_heavy_library_has_its_folder() -> None:
     assert importers("tpm2_pytss") <= {"tpm"}
     assert importers("click") == importers("rich") == {"cli"}
     assert importers("systemd") <= {"daemon"}
-    assert importers("ssl") == {"gateway", "operator"}
+    assert importers("ssl") == {"gateway", "operator", "watch"}
 
 
 @pytest.mark.promise(8)
@@ -202,6 +205,7 @@ PURE = {
 EXCEPTIONS = {
     # Secret memory is what the core is allowed to ask the kernel for.
     "secret.py": {"ctypes", "errno", "mmap", "os"},
+    "sharedsecret.py": {"ctypes", "fcntl", "mmap", "os", "stat"},
     # Random bytes come from the kernel wherever they are needed: a caller who may pass them in may pass them in twice.
     "blinding.py": {"os"},
     "stream.py": {"os"},
@@ -210,6 +214,10 @@ EXCEPTIONS = {
 }
 SYSTEM_CALLS = {
     "secret.py": {"ftruncate", "close", "strerror"},
+    "sharedsecret.py": {
+        *("memfd_create", "MFD_CLOEXEC", "MFD_ALLOW_SEALING"),
+        *("ftruncate", "fstat", "close", "strerror"),
+    },
     "blinding.py": {"urandom"},
     "stream.py": {"urandom"},
 }
@@ -345,6 +353,24 @@ def test_the_command_loads_its_parts_when_they_are_used() -> None:
     modules = loaded("unsealerd.cli.main")
     assert third_party(modules) <= {"click"}
     assert families(modules) & {"asyncio", "ssl"} == set()
+
+
+@pytest.mark.promise(8)
+def test_the_watcher_has_no_network_and_the_notifier_no_configuration() -> None:
+    """The one is root and reads the admin socket; the other reaches the network and knows what it is handed."""
+    watcher = loaded("unsealerd.watch.main")
+    assert third_party(watcher) <= {"msgspec", "typing_extensions"}
+    assert families(watcher) & {"ssl", "http", "urllib", "asyncio"} <= {"urllib"}
+    assert "urllib.request" not in watcher
+    notifier = loaded("unsealerd.watch.notify")
+    assert third_party(notifier) == set()
+    assert {module for module in notifier if module.startswith("unsealerd.")} == {
+        "unsealerd.errors",
+        "unsealerd.model",
+        "unsealerd.watch",
+        "unsealerd.watch.event",
+        "unsealerd.watch.notify",
+    }
 
 
 def test_the_gateway_loads_neither_the_tpm_nor_secret_memory() -> None:
