@@ -69,7 +69,7 @@ def test_the_example_is_read_as_it_says(recipient: str) -> None:
     assert config.daemon.state_dir == Path("/var/lib/unsealerd")
     assert config.daemon.runtime_dir == Path("/run/unsealerd")
     assert (config.tpm.tcti, config.tpm.pcrs) == ("device:/dev/tpmrm0", (7,))
-    assert (config.seal.on, config.seal.extra_resets) == ((SealKind.REBOOT,), 0)
+    assert (config.seal.on, config.seal.extra_resets) == ((SealKind.REBOOT, SealKind.KEXEC), 0)
     assert config.gateway.listen == ("[::]:8750",)
     assert config.unlock.threshold == 1
     assert [(o.name, o.recipient) for o in config.operators] == [("alice", recipient)]
@@ -94,6 +94,45 @@ def test_the_example_says_the_defaults() -> None:
     assert (silent.operators, silent.keys) == ((), {})
     key = parse(KEY.encode()).keys["web"]
     assert (key.size, key.rotate_every, key.overlap, key.allow) == (32, None, 0, ())
+
+
+def test_several_operators_are_needed() -> None:
+    config = parse(
+        b"""
+        [unlock]
+        threshold = 2
+        require = ["security", "carol"]
+        window = "10m"
+        [[operator]]
+        name = "alice"
+        recipient = "age1alice"
+        groups = ["security", "night"]
+        [[operator]]
+        name = "carol"
+        recipient = "age1carol"
+        passphrase = "argon2id$v=19$m=65536,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA"
+        """
+    )
+    assert (config.unlock.threshold, config.unlock.require, config.unlock.window) == (
+        2,
+        ("security", "carol"),
+        600,
+    )
+    assert [operator.groups for operator in config.operators] == [("security", "night"), ()]
+    assert [operator.passphrase is None for operator in config.operators] == [True, False]
+
+
+def test_a_threshold_may_be_set_before_the_operators_are_there() -> None:
+    assert parse(b"[unlock]\nthreshold = 3").unlock.threshold == 3
+
+
+def test_who_is_told_and_where_the_figures_go() -> None:
+    config = parse(
+        b'[notify]\ncommand = ["/usr/bin/true", "x"]\nwebhook = "https://a.example/b"\n[metrics]\ntextfile = "/a/b.prom"'
+    )
+    assert config.notify.command == ("/usr/bin/true", "x")
+    assert config.notify.webhook == "https://a.example/b"
+    assert config.metrics.textfile == Path("/a/b.prom")
 
 
 @pytest.mark.parametrize("tcti", ["device:/dev/tpmrm0", "swtpm:path=/run/tpm/sock"])
@@ -192,7 +231,23 @@ MISTAKES = [
         for bad in ("::1:80", "[]:80", "a:-1", "a:+1", "a: 1")
     ),
     ("[unlock]\nthreshold = 0", ["unlock.threshold"]),
-    ("[unlock]\nthreshold = 2", ["unlock.threshold", "supports 1 only"]),
+    ("[unlock]\nthreshold = 2\n" + OPERATOR, ["unlock.threshold", "2 of 1 operators"]),
+    ("[unlock]\nthreshold = '2'", ["unlock.threshold"]),
+    ("[unlock]\nrequire = 'alice'\n" + OPERATOR, ["unlock.require"]),
+    ("[unlock]\nrequire = ['security']\n" + OPERATOR, ["unlock.require", "security"]),
+    ("[unlock]\nrequire = ['Alice']\n" + OPERATOR, ["unlock.require", "Alice"]),
+    ("[unlock]\nrequire = ['alice', 'alice']\n" + OPERATOR, ["unlock.require", "twice"]),
+    ("[unlock]\nwindow = 1800", ["unlock.window", "30d"]),
+    ("[unlock]\nwindow = '0s'", ["unlock.window"]),
+    ("[unlock]\nwindow = '2d'", ["unlock.window", "24 hours"]),
+    (OPERATOR + "groups = ['a b']", ["operator alice", "a b"]),
+    (OPERATOR + "groups = ['alice']", ["operator alice", "not the name of a group"]),
+    (OPERATOR + "groups = ['ops', 'ops']", ["operator alice", "twice"]),
+    (OPERATOR + "groups = 'ops'", ["operator[0].groups"]),
+    (OPERATOR + "passphrase = 7", ["operator[0].passphrase"]),
+    ("[notify]\ncommand = ['true']", ["notify.command", "absolute"]),
+    ("[notify]\nwebhook = 'http://a.example'", ["notify.webhook", "https"]),
+    ("[metrics]\ntextfile = 'a.prom'", ["metrics.textfile", "absolute"]),
     ("operator = 'alice'", ["operator"]),
     ("[operator]\nname = 'alice'", ["operator"]),
     ("[[operator]]\nname = 'alice'", ["operator[0]", "recipient"]),
@@ -203,6 +258,7 @@ MISTAKES = [
     ("[[operator]]\nname = ''\nrecipient = 'age1x'", ["operator"]),
     ("[[operator]]\nname = 'bob'\nrecipient = 'ssh-ed25519 AAAA'", ["operator bob", "age1"]),
     (OPERATOR + "[[operator]]\nname = 'alice'\nrecipient = 'age1bob'", ["operator", "same name"]),
+    (OPERATOR + "[[operator]]\nname = 'ALICE'\nrecipient = 'age1bob'", ["operator", "same name"]),
     (OPERATOR + "[[operator]]\nname = 'bob'\nrecipient = 'AGE1ALICE'", ["operator", "same recipient"]),
     ("key = 'web'", ["key"]),
     ("[key]\nweb = 'o'", ["key.web"]),
@@ -362,6 +418,15 @@ names = st.sampled_from(
         "extra_resets",
         "listen",
         "threshold",
+        "require",
+        "window",
+        "groups",
+        "passphrase",
+        "notify",
+        "command",
+        "webhook",
+        "metrics",
+        "textfile",
         "name",
         "recipient",
         "owner",
@@ -420,7 +485,15 @@ def test_any_value_under_any_name(top: dict[str, str], inside: dict[str, str]) -
     body = "\n".join(
         f"{name} = {value}" for name, value in inside.items() if name not in ("owner", "purpose")
     )
-    for head in (KEY, KEY + "[[key.web.allow]]\n", "[[operator]]\n", "[daemon]\n", "[tpm]\n", "[gateway]\n"):
+    for head in (
+        KEY,
+        KEY + "[[key.web.allow]]\n",
+        "[[operator]]\n",
+        "[daemon]\n",
+        "[tpm]\n",
+        "[unlock]\n",
+        "[notify]\n",
+    ):
         answered((head + body).encode())
 
 

@@ -149,6 +149,7 @@ def questions(stream: bytes) -> list[Any]:
 
 # What io.unsealerd.Unlock documents as the same in every session of a host, and what belongs to the protocol.
 CONSTANT = {*(str(value) for value in FACTS.values()), "::1", "accepted", "unlocked", "p256", "x25519", ""}
+CONSTANT |= {"unlock"}  # the purpose
 
 
 def values(tree: object) -> Iterator[bytes]:

@@ -20,11 +20,24 @@ from rigs.toyserver import PATIENCE, LoopThread
 
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.daemon.caller import Peer
+from unsealerd.daemon.fdstore import FdStore
+from unsealerd.daemon.keptsockets import KeptSockets
 from unsealerd.daemon.keysockets import KeyConnection, KeyLimits, KeySockets
 from unsealerd.errors import AccessDenied, Locked, StorageFailed
 
 KEY = bytes(range(32))
 A_WHILE = 0.2  # seconds in which nothing is to happen
+
+
+class _Keeping(KeptSockets):
+    """A service manager that keeps readers, and tells the test which."""
+
+    def __init__(self, keep: Callable[[str, socket.socket], None]) -> None:
+        super().__init__(FdStore())
+        self._keep = keep
+
+    def keep(self, label: str, sock: socket.socket) -> None:
+        self._keep(label.rpartition("/")[2], sock)
 
 
 class Rig:
@@ -41,7 +54,9 @@ class Rig:
 
     def make(self, limits: KeyLimits | None = None, *, keep: bool = False) -> KeySockets:
         async def inside() -> KeySockets:
-            return KeySockets(self.directory, self._serve, limits, keep=self._keep if keep else None)
+            return KeySockets(
+                self.directory, self._serve, limits, kept=_Keeping(self._keep) if keep else None
+            )
 
         return self.thread.run(inside())
 

@@ -117,7 +117,7 @@ def test_no_copy_where_the_kernel_has_no_memfd_secret() -> None:
     with Server(tpm=False) as server:
         blocked = textwrap.dedent("""\
             import unsealerd.core.secret as secret
-            secret._memfd_secret = lambda: None
+            secret.memfd_secret = lambda: None
         """)
         site = server.base / "site"
         site.mkdir()

@@ -222,7 +222,7 @@ def test_the_local_socket_needs_no_evidence() -> None:
 def test_nothing_but_verify_makes_a_question_that_can_be_answered() -> None:
     spy = Spy(X_OWNER.recipient)
     with pytest.raises(TypeError):
-        VerifiedQuestion(object(), 0, spy, X_POINT)
+        VerifiedQuestion(object(), 0, spy, X_POINT, None)
     with pytest.raises(TypeError):
         VerifiedChallenge(object(), challenge(), (), ())
     verified = verify(HOST, offer(), challenge(), TlsPin(PIN))

@@ -13,7 +13,10 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def files() -> list[Path]:
-    found = sorted(TESTS.rglob("*.py"))
+    """Not those of the machine test, which is a program of its own: it cuts the power at random instants."""
+    found = sorted(
+        file for file in TESTS.rglob("*.py") if file.parent.parent.name != "vm" and file.parent.name != "vm"
+    )
     assert len(found) > 20
     return found
 

@@ -27,8 +27,14 @@ from unsealerd.errors import (
     AgeMacInvalid,
     AgeNoMatch,
     AgePayloadInvalid,
+    AttestationInvalid,
     AuditBroken,
     AuditUnwritable,
+    CardBusy,
+    CardFailed,
+    CardMissing,
+    CardRemoved,
+    CardReset,
     DaemonUnreachable,
     Fault,
     HostMismatch,
@@ -36,10 +42,32 @@ from unsealerd.errors import (
     HostUnreachable,
     IdentityInvalid,
     KeyNotFound,
+    PinBlocked,
+    PinCancelled,
+    PinLastTry,
+    PinWrong,
+    ReaderMissing,
+    TouchMissed,
     UnsealerdError,
+    WrongCard,
     named,
 )
 
+CARDS = (
+    AttestationInvalid,
+    CardBusy,
+    CardFailed,
+    CardMissing,
+    CardRemoved,
+    CardReset,
+    PinBlocked,
+    PinCancelled,
+    PinLastTry,
+    PinWrong,
+    ReaderMissing,
+    TouchMissed,
+    WrongCard,
+)
 # Raised by the command and by clients only, or turned into BackupDamaged and IdentityInvalid before they leave the daemon.
 CLIENT_SIDE = (
     DaemonUnreachable,
@@ -48,6 +76,7 @@ CLIENT_SIDE = (
     HostUnreachable,
     AuditBroken,
     IdentityInvalid,
+    *CARDS,
 )
 INSIDE = (AgeArmorInvalid, AgeHeaderInvalid, AgeMacInvalid, AgeNoMatch, AgePayloadInvalid)
 NOBODY = pwd.getpwnam("nobody").pw_uid

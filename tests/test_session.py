@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 
 from unsealerd.core.age import Header, Identity, P256Identity, Stanza, X25519Identity, encrypt, parse_header
 from unsealerd.core.age.header import write_header
+from unsealerd.core.rules import KnownOperator
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.core.session import (
     LIFETIME,
     MAX_QUESTIONS,
     MAX_TAGS,
     Answer,
-    KnownOperator,
+    Outcome,
     Question,
     UnlockSession,
     recipient_tag,
 )
+from unsealerd.core.sharing import Backup
 from unsealerd.errors import BackupDamaged, BadMessage, NotAnOperator, SessionExpired
 from unsealerd.model import Curve
 
@@ -75,7 +77,7 @@ class Server:
             nonce=NONCE,
             tags=tags_of(*(asked or self.identities)),
             operators=known(*self.identities),
-            header=self.header or backup_for(*self.identities),
+            backup=Backup.of(self.header or backup_for(*self.identities)),
             now=now,
         )
 
@@ -87,6 +89,14 @@ def x_of(identity: Identity, question: Question) -> bytes:
 
 def answers_of(identity: Identity, questions: Sequence[Question]) -> list[Answer]:
     return [Answer(number, x_of(identity, q)) for number, q in enumerate(questions)]
+
+
+def judged(
+    session: UnlockSession, name: bytes, answers: Sequence[Answer], now: int
+) -> tuple[SecretBuffer | None, tuple[Outcome, ...]]:
+    judgement = session.answer(name, answers, now)
+    assert judgement.shares == {}
+    return judgement.file_key, judgement.outcomes
 
 
 def taken(file_key: SecretBuffer | None) -> bytes:
@@ -103,7 +113,7 @@ def test_the_operator_opens_the_backup(curve: Curve) -> None:
     alice = identity_on(curve)
     session, questions = Server([alice]).challenge()
     assert [(q.curve, q.tag) for q in questions] == [(curve, tags_of(alice)[0])]
-    file_key, outcomes = session.answer(session.id, answers_of(alice, questions), NOW)
+    file_key, outcomes = judged(session, session.id, answers_of(alice, questions), NOW)
     assert taken(file_key) == FILE_KEY
     assert [(o.question, o.operator, o.result) for o in outcomes] == [(0, "operator-0", "accepted")]
 
@@ -116,7 +126,7 @@ def test_any_operator_opens_it_among_many(at: int) -> None:
     x25519 = everybody[at].recipient.curve is Curve.X25519
     assert len(questions) == (2 if x25519 else 1)
     assert session.operators == (f"operator-{at}",)
-    file_key, outcomes = session.answer(session.id, answers_of(everybody[at], questions), NOW)
+    file_key, outcomes = judged(session, session.id, answers_of(everybody[at], questions), NOW)
     assert taken(file_key) == FILE_KEY
     assert sorted(o.result for o in outcomes) == (["BadAnswer"] if x25519 else []) + ["accepted"]
 
@@ -128,7 +138,7 @@ def test_two_operators_at_once_both_count() -> None:
     answers = [
         Answer(number, x_of(alice if q.curve is Curve.P256 else bob, q)) for number, q in enumerate(questions)
     ]
-    file_key, outcomes = session.answer(session.id, answers, NOW)
+    file_key, outcomes = judged(session, session.id, answers, NOW)
     assert taken(file_key) == FILE_KEY
     assert {(o.operator, o.result) for o in outcomes} == {
         ("operator-0", "accepted"),
@@ -144,7 +154,7 @@ def test_a_wrong_answer_is_its_operators_and_the_others_stay_valid(curve: Curve)
         Answer(n, x_of(alice if q.tag == tags_of(alice)[0] else identity_on(Curve.P256), q))
         for n, q in enumerate(questions)
     ]
-    file_key, outcomes = session.answer(session.id, answers, NOW)
+    file_key, outcomes = judged(session, session.id, answers, NOW)
     assert taken(file_key) == FILE_KEY
     assert {o.operator for o in outcomes if o.result == "accepted"} == {"operator-1"}
     assert {o.operator for o in outcomes if o.result == "BadAnswer"} == {"operator-0"}
@@ -153,7 +163,7 @@ def test_a_wrong_answer_is_its_operators_and_the_others_stay_valid(curve: Curve)
 def test_not_every_question_need_be_answered() -> None:
     alice, bob = identity_on(Curve.P256), identity_on(Curve.P256)
     session, questions = Server([alice, bob]).challenge()
-    file_key, outcomes = session.answer(session.id, [Answer(1, x_of(bob, questions[1]))], NOW)
+    file_key, outcomes = judged(session, session.id, [Answer(1, x_of(bob, questions[1]))], NOW)
     assert taken(file_key) == FILE_KEY
     assert [o.operator for o in outcomes] == ["operator-1"]
 
@@ -197,7 +207,7 @@ def test_an_x25519_operator_who_was_just_added_is_asked_and_cannot_answer() -> N
     """Nothing says whose an X25519 stanza is; the unwrap does."""
     old, new = identity_on(Curve.X25519), identity_on(Curve.X25519)
     session, questions = Server([old, new], backup_for(old)).challenge(new)
-    file_key, outcomes = session.answer(session.id, answers_of(new, questions), NOW)
+    file_key, outcomes = judged(session, session.id, answers_of(new, questions), NOW)
     assert file_key is None
     assert [o.result for o in outcomes] == ["BadAnswer"]
 
@@ -210,7 +220,12 @@ def test_a_tag_is_bound_to_the_nonce_and_says_nothing_without_the_recipient() ->
     assert len(first[0]) == 16
     with pytest.raises(NotAnOperator):  # a tag seen in another session finds nobody
         UnlockSession(bytes(16), NOW).hello(
-            version=1, nonce=NONCE, tags=first, operators=known(alice), header=backup_for(alice), now=NOW
+            version=1,
+            nonce=NONCE,
+            tags=first,
+            operators=known(alice),
+            backup=Backup.of(backup_for(alice)),
+            now=NOW,
         )
     assert recipient_tag(NONCE, str(alice.recipient).upper()) == second[0]
 
@@ -222,10 +237,10 @@ def test_a_tag_is_bound_to_the_nonce_and_says_nothing_without_the_recipient() ->
 def test_an_answer_before_the_hello(curve: Curve) -> None:
     session = UnlockSession(bytes(16), NOW)
     with pytest.raises(BadMessage):
-        session.answer(session.id, [Answer(0, bytes(32))], NOW)
+        judged(session, session.id, [Answer(0, bytes(32))], NOW)
     alice = identity_on(curve)  # and the session is not spoiled by it
     questions = Server([alice]).hello(session)
-    assert taken(session.answer(session.id, answers_of(alice, questions), NOW)[0]) == FILE_KEY
+    assert taken(judged(session, session.id, answers_of(alice, questions), NOW)[0]) == FILE_KEY
 
 
 def test_a_second_hello() -> None:
@@ -234,7 +249,7 @@ def test_a_second_hello() -> None:
     session, questions = server.challenge()
     with pytest.raises(BadMessage):
         server.hello(session)
-    assert taken(session.answer(session.id, answers_of(alice, questions), NOW)[0]) == FILE_KEY
+    assert taken(judged(session, session.id, answers_of(alice, questions), NOW)[0]) == FILE_KEY
 
 
 @CURVES
@@ -244,10 +259,10 @@ def test_a_second_answer(curve: Curve, right: bool) -> None:
     alice = identity_on(curve)
     session, questions = Server([alice]).challenge()
     answers = answers_of(alice, questions)
-    first, _ = session.answer(session.id, answers if right else [Answer(0, os.urandom(32))], NOW)
+    first, _ = judged(session, session.id, answers if right else [Answer(0, os.urandom(32))], NOW)
     assert (first is not None) == right
     with pytest.raises(SessionExpired):
-        session.answer(session.id, answers, NOW)
+        judged(session, session.id, answers, NOW)
     with pytest.raises(SessionExpired):
         Server([alice]).hello(session)
 
@@ -260,12 +275,12 @@ def test_the_deadline(late: int, opens: bool) -> None:
     assert session.deadline == NOW + LIFETIME
     answers = answers_of(alice, questions)
     if opens:
-        assert taken(session.answer(session.id, answers, NOW + late)[0]) == FILE_KEY
+        assert taken(judged(session, session.id, answers, NOW + late)[0]) == FILE_KEY
         return
     with pytest.raises(SessionExpired):
-        session.answer(session.id, answers, NOW + late)
+        judged(session, session.id, answers, NOW + late)
     with pytest.raises(SessionExpired):  # a clock that goes back does not bring it back
-        session.answer(session.id, answers, NOW)
+        judged(session, session.id, answers, NOW)
     with pytest.raises(SessionExpired):
         server.hello(UnlockSession(bytes(16), NOW), now=NOW + late)
 
@@ -279,7 +294,7 @@ def test_a_closed_session_holds_no_scalar() -> None:
     with pytest.raises(SessionExpired):
         pending.unblind(x_of(alice, questions[0]))
     with pytest.raises(SessionExpired):
-        session.answer(session.id, answers_of(alice, questions), NOW)
+        judged(session, session.id, answers_of(alice, questions), NOW)
     session.close()
 
 
@@ -294,11 +309,11 @@ def test_an_answer_for_one_session_opens_nothing_in_another(curve: Curve) -> Non
     (one, asked), (other, _) = server.challenge(), server.challenge()
     answers = answers_of(alice, asked)
     with pytest.raises(BadMessage):  # as it is: it carries the other's name
-        other.answer(one.id, answers, NOW)
-    file_key, outcomes = other.answer(other.id, answers, NOW)  # renamed: it does not open
+        judged(other, one.id, answers, NOW)
+    file_key, outcomes = judged(other, other.id, answers, NOW)  # renamed: it does not open
     assert file_key is None
     assert [o.result for o in outcomes] == ["BadAnswer"]
-    assert taken(one.answer(one.id, answers, NOW)[0]) == FILE_KEY  # where it belongs, it does
+    assert taken(judged(one, one.id, answers, NOW)[0]) == FILE_KEY  # where it belongs, it does
 
 
 @pytest.mark.promise(4)
@@ -322,7 +337,7 @@ def test_two_questions_of_one_session_are_blinded_apart() -> None:
     session, questions = Server([alice, bob]).challenge()
     assert len({q.point for q in questions}) == len(questions) == 4
     swapped = [Answer(n, x_of(alice, questions[(n + 1) % 4])) for n in range(4)]
-    assert session.answer(session.id, swapped, NOW)[0] is None
+    assert judged(session, session.id, swapped, NOW)[0] is None
 
 
 @pytest.mark.parametrize("session_id", [b"", bytes(15), bytes(16), bytes(17), bytes(1000)])
@@ -331,8 +346,8 @@ def test_a_wrong_session_id_is_refused_and_costs_nothing(session_id: bytes) -> N
     session, questions = Server([alice]).challenge()
     answers = answers_of(alice, questions)
     with pytest.raises(BadMessage):
-        session.answer(session_id, answers, NOW)
-    assert taken(session.answer(session.id, answers, NOW)[0]) == FILE_KEY
+        judged(session, session_id, answers, NOW)
+    assert taken(judged(session, session.id, answers, NOW)[0]) == FILE_KEY
 
 
 # --- hostile messages
@@ -361,7 +376,12 @@ def test_a_malformed_hello(version: int, nonce: bytes, tags: list[bytes]) -> Non
     session = UnlockSession(bytes(16), NOW)
     with pytest.raises(BadMessage):
         session.hello(
-            version=version, nonce=nonce, tags=tags, operators=known(alice), header=backup_for(alice), now=NOW
+            version=version,
+            nonce=nonce,
+            tags=tags,
+            operators=known(alice),
+            backup=Backup.of(backup_for(alice)),
+            now=NOW,
         )
 
 
@@ -372,7 +392,7 @@ def test_an_answer_to_what_was_not_asked(questions: list[int]) -> None:
     session, asked = Server([alice]).challenge()
     x = x_of(alice, asked[0])
     with pytest.raises(BadMessage):
-        session.answer(session.id, [Answer(number, x) for number in questions], NOW)
+        judged(session, session.id, [Answer(number, x) for number in questions], NOW)
 
 
 HOSTILE = [
@@ -399,7 +419,7 @@ HOSTILE = [
 @pytest.mark.parametrize("x", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_answer_is_a_bad_answer(curve: Curve, x: bytes) -> None:
     session, _ = Server([identity_on(curve)]).challenge()
-    file_key, outcomes = session.answer(session.id, [Answer(0, x)], NOW)
+    file_key, outcomes = judged(session, session.id, [Answer(0, x)], NOW)
     assert file_key is None
     assert [o.result for o in outcomes] == ["BadAnswer"]
 
@@ -411,7 +431,7 @@ SHARED = {curve: identity_on(curve) for curve in Curve}
 @given(st.sampled_from(Curve), st.binary(max_size=70) | st.binary(min_size=32, max_size=32))
 def test_any_answer(curve: Curve, x: bytes) -> None:
     session, _ = Server([SHARED[curve]]).challenge()
-    file_key, outcomes = session.answer(session.id, [Answer(0, x)], NOW)
+    file_key, outcomes = judged(session, session.id, [Answer(0, x)], NOW)
     assert file_key is None
     assert [o.result for o in outcomes] == ["BadAnswer"]
 
@@ -424,14 +444,14 @@ def test_an_answer_with_one_other_bit(curve: Curve, bit: int) -> None:
     session, questions = Server([alice]).challenge()
     x = bytearray(x_of(alice, questions[0]))
     x[bit // 8] ^= 1 << bit % 8
-    assert session.answer(session.id, [Answer(0, bytes(x))], NOW)[0] is None
+    assert judged(session, session.id, [Answer(0, bytes(x))], NOW)[0] is None
 
 
 def test_the_point_that_was_sent_is_no_answer() -> None:
     for curve, alice in SHARED.items():
         session, questions = Server([alice]).challenge()
         echo = questions[0].point[1:33] if curve is Curve.P256 else questions[0].point
-        assert session.answer(session.id, [Answer(0, echo)], NOW)[0] is None
+        assert judged(session, session.id, [Answer(0, echo)], NOW)[0] is None
 
 
 # --- a hostile backup
@@ -447,9 +467,9 @@ def test_a_header_that_was_changed_is_damage_and_gives_no_file_key(curve: Curve)
     text = good.encode().replace(b"---", more.encode() + b"---")
     session, questions = Server([alice], parse_header(text)).challenge()
     with pytest.raises(BackupDamaged):
-        session.answer(session.id, answers_of(alice, questions), NOW)
+        judged(session, session.id, answers_of(alice, questions), NOW)
     with pytest.raises(SessionExpired):
-        session.answer(session.id, answers_of(alice, questions), NOW)
+        judged(session, session.id, answers_of(alice, questions), NOW)
 
 
 def test_a_malformed_stanza_is_damage() -> None:
@@ -473,4 +493,4 @@ def test_stanzas_of_other_kinds_are_passed_over() -> None:
     header = header_of(Stanza("mlkem768x25519", ("AAAA",), b"x" * 32), good, Stanza("grease", (), b""))
     session, questions = Server([alice], header).challenge()
     assert len(questions) == 1
-    assert taken(session.answer(session.id, answers_of(alice, questions), NOW)[0]) == FILE_KEY
+    assert taken(judged(session, session.id, answers_of(alice, questions), NOW)[0]) == FILE_KEY

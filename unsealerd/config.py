@@ -273,7 +273,7 @@ def _check_operators(config: Config) -> None:
             raise ConfigInvalid(f"operator: {operator.name!r} is not a name")
         if not operator.recipient.lower().startswith("age1"):
             raise ConfigInvalid(f'operator {operator.name}: the recipient is not "age1…" or "age1tag1…"')
-    if len({operator.name for operator in operators}) != len(operators):
+    if len({operator.name.lower() for operator in operators}) != len(operators):
         raise ConfigInvalid("operator: two have the same name")
     if len({operator.recipient.lower() for operator in operators}) != len(operators):
         raise ConfigInvalid("operator: two have the same recipient")
@@ -283,9 +283,6 @@ def _check_operators(config: Config) -> None:
 def _check_unlock(config: Config) -> None:
     """What nobody could ever fulfil is refused before a backup is written for it."""
     operators, unlock = config.operators, config.unlock
-    if unlock.threshold > 1 or unlock.require:
-        # Splitting the file key is not built; a threshold that is not kept would be a false promise.
-        raise ConfigInvalid("unlock.threshold: this version supports 1 only")
     names = {operator.name for operator in operators}
     for operator in operators:
         for group in operator.groups:

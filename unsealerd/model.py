@@ -54,6 +54,13 @@ class SealKind(enum.Enum):
     KEXEC = "kexec"  # it is not
 
 
+class Purpose(enum.Enum):
+    """What an operator's answer is for."""
+
+    UNLOCK = "unlock"
+    DRILL = "drill"  # to prove that the backup still opens; nothing is unlocked
+
+
 class Curve(enum.Enum):
     P256 = "p256"
     X25519 = "x25519"

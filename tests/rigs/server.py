@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rigs.manager import ServiceManager
 from rigs.swtpm import SoftwareTpm
 from unsealerd.client import Client
 from unsealerd.core.age import X25519Identity
@@ -60,6 +61,7 @@ class Server:
         self.extra_environment: dict[str, str] = {}
         self.remembered = b""  # for tests: the key at some moment
         self.prefix: tuple[str, ...] = ()
+        self.manager: ServiceManager | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
         self.client = Client(self.run_dir, timeout=PATIENCE)
         self.address = ""
@@ -126,13 +128,21 @@ class Server:
         if self.tpm is not None:
             self.tpm.start()
         self._starts = self.log_text().count("ready state=")
+        manager = self.manager
         with self.log.open("ab") as log:
             self._daemon = subprocess.Popen(
-                [*self.prefix, PROGRAMS / "unsealerd", "--config", str(self.config)],
+                [
+                    *self.prefix,
+                    *(manager.prefix() if manager else ()),
+                    PROGRAMS / "unsealerd",
+                    "--config",
+                    str(self.config),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self.extra_environment},
+                env={**os.environ, **self.extra_environment, **(manager.environment if manager else {})},
+                pass_fds=manager.pass_fds() if manager else (),
             )
         return self._daemon
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from unsealerd.core.age import Recipient, encrypt, parse_header
+from unsealerd.core.rules import KnownOperator
 from unsealerd.core.secret import SecretBuffer
-from unsealerd.core.session import Answer, KnownOperator, UnlockSession
+from unsealerd.core.session import Answer, UnlockSession
+from unsealerd.core.sharing import Backup
 from unsealerd.errors import BadMessage, UnsealerdError
+from unsealerd.model import Purpose
 
 Json = dict[str, Any]
 FACTS: Json = {
@@ -142,8 +145,9 @@ class UnlockDaemon:
             nonce=base64.b64decode(parameters["nonce"]),
             tags=[base64.b64decode(tag) for tag in parameters["tags"]],
             operators=self.operators,
-            header=parse_header(self.backup),
+            backup=Backup.of(parse_header(self.backup)),
             now=_now(),
+            purpose=Purpose(parameters.get("purpose", "unlock")),
         )
         challenge = {
             "session": _text(session.id),
@@ -164,7 +168,8 @@ class UnlockDaemon:
             ]
         except ValueError as err:
             raise BadMessage("not base64") from err
-        file_key, outcomes = session.answer(base64.b64decode(parameters["session"]), answers, _now())
+        judgement = session.answer(base64.b64decode(parameters["session"]), answers, _now())
+        file_key, outcomes = judgement.file_key, judgement.outcomes
         if file_key is not None:
             with file_key:
                 self.opened.append(bytes(file_key.view))

@@ -210,14 +210,14 @@ class Client:
             raise BadMessage("the answer to ListKeys is not one")
         return Keys(_state(answer.get("state")), tuple(_key(key) for key in keys))
 
-    def monitor(self) -> Iterator[Event]:
+    def monitor(self, *, patience: float | None = None) -> Iterator[Event]:
         """The state now, then every change, on a connection of its own.
 
         Ends with `DaemonUnreachable` when the daemon does; call it again then, and the first event says
-        what was missed.
+        what was missed. Also if there is no change for ``patience`` seconds.
         """
         with Connection(self._path("keys"), timeout=self._timeout) as connection:
-            for event in connection.stream("io.unsealerd.Keys.Monitor"):
+            for event in connection.stream("io.unsealerd.Keys.Monitor", patience=patience):
                 yield _event(event)
 
     # --- the connection

@@ -204,10 +204,14 @@ class Connection:
         return reply.parameters
 
     def stream(
-        self, method: str, parameters: Mapping[str, object] | None = None
+        self,
+        method: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        patience: float | None = None,
     ) -> Iterator[dict[str, object]]:
         """The replies to a call with ``more``: the first within the time-out, the others whenever they
-        come.
+        come, or each within ``patience`` seconds.
         """
         deadline = Deadline(self._timeout)
         self._send({"method": method, "parameters": parameters or {}, "more": True}, deadline)
@@ -216,7 +220,7 @@ class Connection:
             yield reply.parameters
             if not reply.continues:
                 return
-            deadline = Deadline(None)
+            deadline = Deadline(patience)
 
     @property
     def closed(self) -> bool:

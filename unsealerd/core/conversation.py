@@ -7,7 +7,7 @@ section 4, padded), which is what msgspec makes of ``bytes`` too.
 import msgspec
 
 from unsealerd import errors
-from unsealerd.model import Curve, State
+from unsealerd.model import Curve, Purpose, State
 
 INTERFACE = "io.unsealerd.Unlock"
 
@@ -50,6 +50,8 @@ class Question(msgspec.Struct, frozen=True):
     tag: bytes
     curve: Curve
     point: bytes
+    kdf: str | None = None
+    """Only for an operator with a passphrase: how it becomes the private key."""
 
 
 class Challenge(msgspec.Struct, frozen=True):
@@ -83,6 +85,12 @@ class Result(msgspec.Struct, frozen=True):
     shares_present: int
     shares_needed: int
     outcomes: tuple[Outcome, ...]
+    answered: tuple[str, ...] = ()
+    """Who has answered so far in this window; told to who is one of them, like what follows."""
+    missing: tuple[str, ...] = ()
+    """Who has not, and could."""
+    seconds_left: int | None = None
+    """Until the answers so far are forgotten; None: no window is open."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -99,6 +107,7 @@ class HelloCall(msgspec.Struct, frozen=True):
     nonce: bytes
     tags: tuple[bytes, ...]
     peer: str
+    purpose: Purpose = Purpose.UNLOCK
 
 
 class HelloReply(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ class HostEvent(enum.Enum):
     INITIALISE = "initialise"
     UNSEAL = "unseal"  # by the TPM
     UNLOCK = "unlock"  # by operators
+    RESTORE = "restore"  # from the memory that outlived the daemon
     LOCK = "lock"
 
 
@@ -33,5 +34,6 @@ HOST_TABLE: dict[tuple[State, HostEvent], State] = {
     (State.UNINITIALISED, HostEvent.INITIALISE): State.UNLOCKED,
     (State.LOCKED, HostEvent.UNSEAL): State.UNLOCKED,
     (State.LOCKED, HostEvent.UNLOCK): State.UNLOCKED,
+    (State.LOCKED, HostEvent.RESTORE): State.UNLOCKED,
     (State.UNLOCKED, HostEvent.LOCK): State.LOCKED,
 }

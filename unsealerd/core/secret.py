@@ -30,7 +30,7 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _memfd_secret() -> int | None:
+def memfd_secret() -> int | None:
     """A new memfd_secret descriptor, or None where the kernel does not offer it."""
     fd = int(_libc().syscall(_SYS_MEMFD_SECRET, _FD_CLOEXEC))
     if fd >= 0:
@@ -63,7 +63,7 @@ class SecretBuffer:
         self._closed = False
 
     def _allocate(self, mapped: int) -> None:
-        fd = _memfd_secret()
+        fd = memfd_secret()
         if fd is not None:
             try:
                 os.ftruncate(fd, mapped)

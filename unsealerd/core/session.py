@@ -6,17 +6,21 @@
        └───────────────────┴── deadline ──► expired
 
 Each question carries the ephemeral point of one stanza, blinded with a scalar that is drawn for this session, used once and
-wiped. Which answer is right is decided by the stanza's authenticated encryption and by nothing else.
+wiped. Which answer is right is decided by the stanza's authenticated encryption and by nothing else: it opens the file key,
+or, where several operators are needed, what this one contributes (`unsealerd.core.sharing`). A drill ends there: what was
+opened is wiped, and never leaves the session.
 """
 
 import enum
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from unsealerd.core.age import Header, Recipient, Stanza, verify_mac
+from unsealerd.core.age import Recipient, Stanza, verify_mac
 from unsealerd.core.blinding import Blinding
+from unsealerd.core.rules import KnownOperator
 from unsealerd.core.secret import SecretBuffer
+from unsealerd.core.sharing import Backup
 from unsealerd.errors import (
     AgeHeaderInvalid,
     AgeMacInvalid,
@@ -27,7 +31,7 @@ from unsealerd.errors import (
     NotAnOperator,
     SessionExpired,
 )
-from unsealerd.model import Curve
+from unsealerd.model import Curve, Purpose
 
 PROTOCOL_VERSION = 1
 LIFETIME = 120  # seconds
@@ -36,6 +40,8 @@ SESSION_ID_SIZE = 16  # bytes
 TAG_SIZE = 16  # bytes
 MAX_TAGS = 32
 MAX_QUESTIONS = 64
+ACCEPTED = "accepted"
+"""The result of an answer that opened what it was asked for."""
 
 
 class _Stage(enum.Enum):
@@ -45,16 +51,12 @@ class _Stage(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class KnownOperator:
-    name: str
-    recipient: Recipient
-
-
-@dataclass(frozen=True, slots=True)
 class Question:
     tag: bytes
     curve: Curve
     point: bytes
+    kdf: str | None = None
+    """For who has a passphrase: how it becomes the private key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +75,43 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """What came of the answers. The buffers are the caller's to wipe; after a drill there are none."""
+
+    outcomes: tuple[Outcome, ...]
+    file_key: SecretBuffer | None
+    """Where one operator is enough, and an answer opened it. It matches the header."""
+    shares: Mapping[int, SecretBuffer]
+    """Where several are needed: what those contribute whose answers opened it, by their places in the list."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The operators of whom an answer was right."""
+        return tuple(sorted({outcome.operator for outcome in self.outcomes if outcome.result == ACCEPTED}))
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """The operators of whom no answer was right."""
+        return tuple(sorted({outcome.operator for outcome in self.outcomes}.difference(self.accepted)))
+
+
+@dataclass(frozen=True, slots=True)
 class _Pending:
     operator: KnownOperator
+    index: int
+    """The operator's place in the list of the header, where there is one."""
     stanza: Stanza
     blinding: Blinding
 
 
-def recipient_tag(nonce: bytes, recipient: str) -> bytes:
-    """How a recipient is named in one session: 16 bytes that say nothing to who does not know the recipient.
+def recipient_tag(nonce: bytes, subject: str, purpose: Purpose = Purpose.UNLOCK) -> bytes:
+    """How an operator is named in one session: 16 bytes that say nothing to who does not know the subject.
 
-    Bound to the operator's nonce, so that two sessions of one operator cannot be linked by it.
+    ``subject``: `KnownOperator.subject`. Bound to the operator's nonce, so that two sessions of one operator cannot be
+    linked by it; and to the purpose, so that who loses that on the way finds nobody, instead of unlocking by a drill.
     """
-    return hmac.digest(nonce, recipient.lower().encode(), "sha256")[:TAG_SIZE]
+    prefix = "" if purpose is Purpose.UNLOCK else f"{purpose.value}:"
+    return hmac.digest(nonce, (prefix + subject.lower()).encode(), "sha256")[:TAG_SIZE]
 
 
 class UnlockSession:
@@ -94,7 +121,8 @@ class UnlockSession:
         self.deadline = opened + LIFETIME
         self._stage = _Stage.OPENED
         self._pending: tuple[_Pending, ...] = ()
-        self._header: Header | None = None
+        self.backup: Backup | None = None
+        self.purpose = Purpose.UNLOCK
 
     def hello(
         self,
@@ -103,12 +131,13 @@ class UnlockSession:
         nonce: bytes,
         tags: Sequence[bytes],
         operators: Sequence[KnownOperator],
-        header: Header,
+        backup: Backup,
         now: int,
+        purpose: Purpose = Purpose.UNLOCK,
     ) -> tuple[Question, ...]:
-        """The questions for whoever can answer for these tags.
+        """The questions for whoever can answer for these tags. ``operators``: those that the configuration names.
 
-        Raises `BadMessage`, `SessionExpired`, and `NotAnOperator` when there is nothing to ask.
+        Raises `BadMessage`, `SessionExpired`, `BackupDamaged`, and `NotAnOperator` when there is nothing to ask.
         """
         self._require(_Stage.OPENED, now)
         if version != PROTOCOL_VERSION or len(nonce) != NONCE_SIZE:
@@ -118,65 +147,61 @@ class UnlockSession:
         offered = set(tags)
         pending: list[_Pending] = []
         questions: list[Question] = []
-        for operator in operators:
-            tag = recipient_tag(nonce, str(operator.recipient))
+        for index, operator in backup.members(operators):
+            tag = recipient_tag(nonce, operator.subject, purpose)
             if tag not in offered:
                 continue
-            for stanza, point in _addressed(operator.recipient, header):
+            for stanza, point in _addressed(operator.recipient, backup.stanzas(index)):
                 if len(pending) == MAX_QUESTIONS:
                     break
                 blinding = Blinding.draw(operator.recipient.curve, point)
-                pending.append(_Pending(operator, stanza, blinding))
-                questions.append(Question(tag, blinding.curve, blinding.point))
+                pending.append(_Pending(operator, index, stanza, blinding))
+                questions.append(Question(tag, blinding.curve, blinding.point, operator.kdf))
         if not pending:
             raise NotAnOperator("none of the offered identities is an operator with a stanza in the backup")
-        self._pending = tuple(pending)
-        self._header = header
+        self._pending, self.backup, self.purpose = tuple(pending), backup, purpose
         self._stage = _Stage.CHALLENGED
         return tuple(questions)
 
-    def answer(
-        self, session: bytes, answers: Sequence[Answer], now: int
-    ) -> tuple[SecretBuffer | None, tuple[Outcome, ...]]:
-        """The file key, if one answer opened its stanza, and the outcome of every answer.
+    def answer(self, session: bytes, answers: Sequence[Answer], now: int) -> Judgement:
+        """What the answers opened, and the outcome of each.
 
-        An operator whose key is X25519 is asked once for each X25519 stanza, since those carry no name: that
-        some of its answers open nothing is not held against it. Raises `BadMessage`, `SessionExpired`, and
-        `BackupDamaged` when the file key does not match the header.
+        Where one operator is enough, an operator whose key is X25519 is asked once for each X25519 stanza, since those
+        carry no name: that some of its answers open nothing is not held against it. Raises `BadMessage`,
+        `SessionExpired`, and `BackupDamaged` when the file key does not match the header.
         """
         self._require(_Stage.CHALLENGED, now)
-        header = self._header
-        if header is None or not hmac.compare_digest(session, self.id):
+        backup = self.backup
+        if backup is None or not hmac.compare_digest(session, self.id):
             raise BadMessage("another session's answer")
         asked = {answer.question for answer in answers}
         if len(asked) != len(answers) or not asked or not asked <= set(range(len(self._pending))):
             raise BadMessage("answers to questions that were not asked")
         self._stage = _Stage.DONE
-        file_key: SecretBuffer | None = None
+        opened: list[tuple[int, SecretBuffer]] = []
         outcomes: list[Outcome] = []
+        keep = False
         try:
             for answer in answers:
                 pending = self._pending[answer.question]
-                result = "accepted"
+                result = ACCEPTED
                 try:
-                    opened = _open(pending, answer.x)
+                    opened.append((pending.index, _open(backup, pending, answer.x)))
                 except BadAnswer as err:
                     result = err.name
-                else:
-                    if file_key is None:
-                        file_key = opened
-                    else:
-                        opened.close()
                 outcomes.append(Outcome(answer.question, pending.operator.name, result))
-            if file_key is not None:
-                verify_mac(header, file_key)
+            if backup.split is None:
+                for _, file_key in opened:
+                    verify_mac(backup.header, file_key)
+            keep = self.purpose is Purpose.UNLOCK
+            return _judgement(backup, tuple(outcomes), opened if keep else [])
         except AgeMacInvalid as err:
-            if file_key is not None:
-                file_key.close()
             raise BackupDamaged("the header of the backup was changed") from err
         finally:
+            if not keep:
+                for _, content in opened:
+                    content.close()
             self.close()
-        return file_key, tuple(outcomes)
 
     def close(self) -> None:
         """Wipe what is left of the blinding."""
@@ -199,10 +224,10 @@ class UnlockSession:
             raise BadMessage(f"not in the stage {stage.value}")
 
 
-def _addressed(recipient: Recipient, header: Header) -> list[tuple[Stanza, bytes]]:
+def _addressed(recipient: Recipient, stanzas: Sequence[Stanza]) -> list[tuple[Stanza, bytes]]:
     """The stanzas that may be the recipient's, with their ephemeral points."""
     found: list[tuple[Stanza, bytes]] = []
-    for stanza in header.stanzas:
+    for stanza in stanzas:
         try:
             point = recipient.ephemeral(stanza)
         except AgeHeaderInvalid as err:
@@ -212,9 +237,24 @@ def _addressed(recipient: Recipient, header: Header) -> list[tuple[Stanza, bytes
     return found
 
 
-def _open(pending: _Pending, x: bytes) -> SecretBuffer:
+def _open(backup: Backup, pending: _Pending, x: bytes) -> SecretBuffer:
+    """The file key, or what the operator contributes to it. Raises `BadAnswer`."""
     with pending.blinding.unblind(x) as shared:
         try:
-            return pending.operator.recipient.unwrap(pending.stanza, shared)
+            wrapped = pending.operator.recipient.unwrap(pending.stanza, shared)
+            if backup.split is None:
+                return wrapped
+            with wrapped:
+                return backup.split.open_share(pending.index, wrapped)
         except AgeNoMatch as err:
             raise BadAnswer("the answer does not open the stanza") from err
+
+
+def _judgement(
+    backup: Backup, outcomes: tuple[Outcome, ...], opened: Sequence[tuple[int, SecretBuffer]]
+) -> Judgement:
+    if backup.split is not None:
+        return Judgement(outcomes, None, dict(opened))
+    for _, spare in opened[1:]:
+        spare.close()
+    return Judgement(outcomes, opened[0][1] if opened else None, {})

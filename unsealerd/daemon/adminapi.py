@@ -2,16 +2,18 @@
 
 import base64
 import hashlib
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from unsealerd.core.age import Header
 from unsealerd.core.keyring import Key
+from unsealerd.core.sharing import Backup
 from unsealerd.daemon.access import caller_facts
-from unsealerd.daemon.host import Host
+from unsealerd.daemon.host import Facts, Host
 from unsealerd.daemon.interface import Empty, Interface, Method
 from unsealerd.daemon.report import Report
+from unsealerd.daemon.watch import Event
 from unsealerd.errors import BackupDamaged, BadRequest
 from unsealerd.model import SealKind, VersionState
 
@@ -39,9 +41,11 @@ class ArmParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdminApi:
-    def __init__(self, host: Host, report: Report) -> None:
+    def __init__(self, host: Host, report: Report, reload: Callable[[Facts], Awaitable[None]]) -> None:
+        """``reload``: takes over the configuration file as it is now."""
         self._host = host
         self._report = report
+        self._take_over = reload
 
     def interface(self) -> Interface:
         return Interface(
@@ -57,8 +61,10 @@ class AdminApi:
                 "Arm": Method(ArmParameters, self.arm),
                 "Disarm": Method(Empty, self.disarm),
                 "Lock": Method(Empty, self.lock),
+                "Reload": Method(Empty, self.reload),
                 "VerifyBackup": Method(Empty, self.verify_backup),
                 "ExportBackup": Method(Empty, self.export_backup),
+                "Monitor": Method(Empty, self.monitor, streams=True),
             },
             details=True,
         )
@@ -102,6 +108,17 @@ class AdminApi:
     async def lock(self, connection: "Connection", _: Empty) -> None:
         await self._host.lock(caller_facts(connection.peer.caller))
 
+    async def reload(self, connection: "Connection", _: Empty) -> dict[str, object]:
+        before = {str(operator.recipient): operator.name for operator in self._host.operators}
+        await self._take_over(caller_facts(connection.peer.caller))
+        now = {str(operator.recipient): operator.name for operator in self._host.operators}
+        written = self._host.keyring is not None and not self._host.keeper.outdated
+        return {
+            "generation": self._host.last_generation if written else None,
+            "added": [name for recipient, name in now.items() if recipient not in before],
+            "removed": [name for recipient, name in before.items() if recipient not in now],
+        }
+
     async def verify_backup(self, _connection: "Connection", _: Empty) -> dict[str, object]:
         metadata = self._host.open_keyring().metadata
         if self._host.keeper.outdated:
@@ -109,8 +126,7 @@ class AdminApi:
                 "the backup is not yet written for the operators that the configuration names"
             )
         data = await self._host.inspect(self._host.keeper.store.verify)
-        header = self._host.keeper.header()
-        self._require_stanzas(header)
+        self._require_stanzas(self._host.keeper.backup())
         return {
             "generation": metadata.generation,
             "bytes": len(data),
@@ -124,9 +140,33 @@ class AdminApi:
         self._host.audit.append("backup_export", **caller_facts(connection.peer.caller))
         return {"generation": generation, "backup": base64.b64encode(data).decode()}
 
-    def _require_stanzas(self, header: Header) -> None:
-        """One stanza for each operator, and no more. Those of X25519 carry no name, and are counted."""
-        operators = self._host.operators
+    def monitor(self, connection: "Connection", _: Empty) -> None:
+        """First the state now, then every change, each with the reason of that moment."""
+        stream = connection.stream()
+
+        def tell(event: Event) -> None:
+            reason = self._host.lock_reason
+            stream.send(
+                {
+                    "event": event.event,
+                    "state": event.state.value,
+                    "key": event.key,
+                    "version": event.version,
+                    "reason": reason.value if reason is not None else None,
+                    "detail": self._host.lock_detail or None,
+                }
+            )
+
+        stream.on_close = self._host.watchers.add(tell)
+        tell(Event("state", self._host.state, None, None))
+
+    def _require_stanzas(self, backup: Backup) -> None:
+        """One stanza for each operator, and no more. Those of X25519 carry no name, and are counted, unless there is a list."""
+        operators, header = self._host.operators, backup.header
+        if backup.sharing is not None:
+            if backup.sharing.rules.operators != operators:
+                raise BackupDamaged("its list of operators is another one than the configuration's")
+            return
         if len(header.stanzas) != len(operators):
             raise BackupDamaged(f"{len(header.stanzas)} stanzas for {len(operators)} operators")
         for operator in operators:

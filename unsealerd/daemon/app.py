@@ -19,9 +19,13 @@ from unsealerd.daemon import journal
 from unsealerd.daemon.access import Access
 from unsealerd.daemon.adminapi import AdminApi
 from unsealerd.daemon.audit import AuditLog
-from unsealerd.daemon.host import Host
+from unsealerd.daemon.fdstore import FdStore, Received
+from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.keptmemory import PREFIX
+from unsealerd.daemon.keptsockets import LISTENER, READER, KeptSockets
 from unsealerd.daemon.keyreader import KeyReader
 from unsealerd.daemon.keysapi import KeysApi
+from unsealerd.daemon.listener import Listener
 from unsealerd.daemon.report import Report
 from unsealerd.daemon.unlockapi import UnlockApi
 from unsealerd.daemon.unlocking import Conversations
@@ -36,6 +40,7 @@ _COUNT_INTERVAL = 60  # seconds after which the uses of keys are written down
 _FIRST_PAUSE = 60  # seconds after a scheduled change that failed; doubled each time, up to...
 _LONGEST_PAUSE = 3600
 _LONGEST_NAP = 30  # seconds; the wall clock may jump
+_STOP_PATIENCE = 60  # seconds: more than all that is waited for at the end
 _URL = "https://github.com/unsealerd/unsealerd"
 
 _log = logging.getLogger("unsealerd")
@@ -44,8 +49,25 @@ _log = logging.getLogger("unsealerd")
 def serve(path: Path, config: Config, warnings: list[str]) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises the errors that keep it from starting."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    store, received = FdStore.of(os.environ)
     with _exclusive(config.daemon.state_dir), SecretBuffer(1) as probe:
-        asyncio.run(Application(path, config, warnings, probe.kind).run())
+        asyncio.run(_run(path, config, warnings, probe.kind, store, received))
+
+
+async def _run(
+    path: Path,
+    config: Config,
+    warnings: list[str],
+    memory: SecretMemoryKind,
+    store: FdStore,
+    received: list[Received],
+) -> None:
+    known = [entry for entry in received if entry.name.startswith((PREFIX, LISTENER, READER))]
+    for entry in received:
+        if entry not in known:
+            os.close(entry.fd)
+            store.remove(entry.name)
+    await Application(path, config, warnings, memory, store, known).run()
 
 
 @contextlib.contextmanager
@@ -72,14 +94,26 @@ def _exclusive(state_dir: Path) -> Iterator[None]:
 class Application:
     """One run of the daemon."""
 
-    def __init__(self, path: Path, config: Config, warnings: list[str], memory: SecretMemoryKind) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        warnings: list[str],
+        memory: SecretMemoryKind,
+        store: FdStore,
+        received: list[Received],
+    ) -> None:
         self._path = path
         self._runtime = config.daemon.runtime_dir
-        self._host = Host(config, time.time, AuditLog(config.daemon.state_dir, time.time, journal.mirror()))
+        audit = AuditLog(config.daemon.state_dir, time.time, journal.mirror())
+        self._host = Host(config, time.time, audit, store, received)
         self._access = Access(self._host, time.monotonic)
         self._keys = KeysApi(self._host, self._access)
         self._conversations = Conversations(self._host, time.monotonic)
         self._report = Report(self._host, self._conversations, memory, warnings)
+        self._kept = KeptSockets(store, [e for e in received if e.name.startswith((LISTENER, READER))])
+        self._reader = KeyReader(self._host, self._access, self._runtime, self._kept)
+        self._listeners: dict[str, Listener] = {}
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -87,30 +121,37 @@ class Application:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         servers = await self._listen()
-        reader = KeyReader(self._host, self._access, self._runtime)
+        reader = self._reader
         reload = asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, reload.set)
-        self._host.watchers.add(self._tell_manager)
         background: list[asyncio.Task[None]] = []
         try:
             reader.follow_configuration()
+            self._kept.drop_unclaimed()
             await self._host.start()
+            self._host.watchers.add(self._tell_manager)  # what it goes through until then is nobody's concern
+            for label, server in servers.items():
+                await server.adopt(self._listeners[label].sock)
             background = [
+                loop.create_task(_watchdog()),
                 loop.create_task(self._tick()),
                 loop.create_task(self._write_counts()),
-                loop.create_task(self._reload(reload, reader)),
+                loop.create_task(self._reload(reload)),
             ]
             notify.notify(READY=1, STATUS=self._status_text())
             _log.info("ready state=%s reason=%s", self._host.state.value, self._reason())
             await self._stop.wait()
         finally:
-            notify.notify(STOPPING=1)
+            notify.notify(STOPPING=1, EXTEND_TIMEOUT_USEC=_STOP_PATIENCE * 1_000_000)
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            for server in servers:
+            for server in servers.values():
                 await server.close()
+            for label, listener in self._listeners.items():
+                self._kept.close(label, listener, ends=True)
             await reader.close()
+            self._conversations.close()
             ended = await self._host.close()
             self._host.audit.close()
             if not ended:
@@ -118,7 +159,8 @@ class Application:
                 _log.error("the TPM does not answer; ending without it")
                 os._exit(_EX_SOFTWARE)
 
-    async def _listen(self) -> list[VarlinkServer]:
+    async def _listen(self) -> dict[str, VarlinkServer]:
+        """The sockets, by name. Who connects waits until the start is through: before, the state would be told wrongly."""
         try:
             self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._runtime.chmod(0o755)
@@ -127,17 +169,21 @@ class Application:
         info = Info("unsealerd", "unsealerd", __version__, _URL)
         console = UnlockApi(self._host, self._conversations, console=True)
         remote = UnlockApi(self._host, self._conversations, console=False)
-        admin = AdminApi(self._host, self._report)
+        admin = AdminApi(self._host, self._report, self._reload_now)
         keys_server = VarlinkServer([self._keys.interface()], info, on_disconnect=self._keys.forget)
         admin_server = VarlinkServer(
             [admin.interface(), console.interface()], info, on_disconnect=console.forget
         )
         unlock_server = VarlinkServer([remote.interface()], info, on_disconnect=remote.forget)
-        await keys_server.listen(self._runtime / "keys", 0o666)
-        await admin_server.listen(self._runtime / "admin", 0o600)
         gid = _group(GATEWAY_GROUP)
-        await unlock_server.listen(self._runtime / "unlock", 0o600 if gid is None else 0o660, gid)
-        return [keys_server, admin_server, unlock_server]
+        servers = {"keys": keys_server, "admin": admin_server, "unlock": unlock_server}
+        for label, mode, group in (
+            ("keys", 0o666, None),
+            ("admin", 0o600, None),
+            ("unlock", 0o600 if gid is None else 0o660, gid),
+        ):
+            self._listeners[label] = self._kept.listener(label, self._runtime / label, mode, group)
+        return servers
 
     async def _tick(self) -> None:
         """Rotations, overlaps and leases, when they are due."""
@@ -163,20 +209,23 @@ class Application:
             await asyncio.sleep(_COUNT_INTERVAL)
             self._keys.flush()
 
-    async def _reload(self, asked: asyncio.Event, reader: KeyReader) -> None:
+    async def _reload(self, asked: asyncio.Event) -> None:
         while True:
             await asked.wait()
             asked.clear()
-            notify.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
-            if await _survive("reload", self._load_again(reader)):
-                _log.info("reloaded")
-            notify.notify(READY=1, STATUS=self._status_text())
+            await _survive("reload", self._reload_now({}))
 
-    async def _load_again(self, reader: KeyReader) -> None:
+    async def _reload_now(self, facts: Facts) -> None:
+        """Take over the configuration file as it is now. ``facts``: who asked, if it was not a signal."""
+        notify.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         try:
-            await self._host.reload(load(self._path))
+            try:
+                await self._host.reload(load(self._path), facts)
+            finally:
+                self._reader.follow_configuration()
+            _log.info("reloaded")
         finally:
-            reader.follow_configuration()
+            notify.notify(READY=1, STATUS=self._status_text())
 
     def _tell_manager(self, event: Event) -> None:
         notify.notify(STATUS=self._status_text())
@@ -188,6 +237,14 @@ class Application:
 
     def _reason(self) -> str | None:
         return self._host.lock_reason.value if self._host.lock_reason is not None else None
+
+
+async def _watchdog() -> None:
+    """Tell the service manager that this loop turns. A loop that hangs tells nothing, and is killed and started anew."""
+    interval = notify.watchdog_interval()
+    while interval is not None:
+        notify.notify(WATCHDOG=1)
+        await asyncio.sleep(interval / 2)
 
 
 async def _survive(what: str, step: Coroutine[object, object, None]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unsealerd.core.auditchain import GENESIS, MAX_LINE_BYTES, Record, link, verify_line
+from unsealerd.daemon.counters import Counters
 from unsealerd.errors import AuditBroken, AuditUnwritable
 
 AUDIT_LOG = "audit.jsonl"
@@ -26,6 +27,7 @@ class AuditLog:
         self._path = directory / AUDIT_LOG
         self._clock = clock
         self._mirror = mirror
+        self.counters = Counters()
         self._fd = -1
         self._prev = GENESIS
         self._seq = 0
@@ -108,6 +110,7 @@ class AuditLog:
             self._undo()
             raise AuditUnwritable(f"{self._path}: {err.strerror}") from err
         self._prev, self._seq, self._size = digest, self._seq + 1, self._size + len(line)
+        self.counters.count(event)
         if self._mirror is not None:
             with contextlib.suppress(OSError):  # the record is durable; the journal is a copy
                 self._mirror({**record, "seq": self._seq, "hash": digest})

@@ -7,23 +7,26 @@ keyring that is current meanwhile. A replaced keyring is wiped here, on the loop
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from unsealerd.config import Config
 from unsealerd.core import schedule
-from unsealerd.core.draft import Change, Draft
+from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
-from unsealerd.core.lifecycle import HOST_TABLE, HostEvent
+from unsealerd.core.lifecycle import HostEvent
+from unsealerd.core.rules import KnownOperator, Rules
 from unsealerd.core.secret import SecretBuffer
-from unsealerd.core.session import KnownOperator
 from unsealerd.daemon import machine
 from unsealerd.daemon.audit import AuditLog
+from unsealerd.daemon.fdstore import FdStore, Received
 from unsealerd.daemon.keeper import Keeper, Written
+from unsealerd.daemon.keptmemory import PREFIX, KeptMemory
 from unsealerd.daemon.lockreason import FINAL, LOCKS, LockMemory
-from unsealerd.daemon.store import DurableDirectory
+from unsealerd.daemon.proven import Proofs
+from unsealerd.daemon.standing import Standing
+from unsealerd.daemon.store import BackupStore, DurableDirectory
 from unsealerd.daemon.tpmlink import TpmLink, TpmSettings
-from unsealerd.daemon.watch import Event, Watchers
 from unsealerd.daemon.worker import Worker
 from unsealerd.errors import (
     AlreadyInitialised,
@@ -31,11 +34,12 @@ from unsealerd.errors import (
     BackupDamaged,
     ConfigInvalid,
     IdentityInvalid,
-    Locked,
     NotArmed,
-    NotInitialised,
     NotLocked,
+    Rollback,
     SealRefused,
+    StorageFailed,
+    TpmChanged,
     TpmFailed,
     UnsealerdError,
 )
@@ -54,24 +58,28 @@ UNSEAL_PATIENCE = 30  # seconds that the start waits for the TPM before it says 
 _log = logging.getLogger("unsealerd")
 
 
-class Host:
-    def __init__(self, config: Config, clock: Callable[[], float], audit: AuditLog) -> None:
-        self._clock = clock
-        self.audit = audit
-        self.watchers = Watchers()
+class Host(Standing):
+    def __init__(
+        self,
+        config: Config,
+        clock: Callable[[], float],
+        audit: AuditLog,
+        descriptors: FdStore | None = None,
+        received: Sequence[Received] = (),
+    ) -> None:
+        """``received``: what the process before this one has left in the service manager's store; taken over."""
+        super().__init__(clock, audit)
         self._directory = DurableDirectory(config.daemon.state_dir)
         self._link = TpmLink(self._directory)
         self._memory = LockMemory(self._directory, self._link)
-        self.keeper = Keeper(self._directory, self._link, clock)
+        store = BackupStore(self._directory)
+        images = [entry for entry in received if entry.name.startswith(PREFIX)]
+        self.kept = KeptMemory(descriptors or FdStore(), images, store.read, machine.boot_id)
+        self.keeper = Keeper(self._directory, store, self._link, self.kept, clock)
+        self.proofs = Proofs(self._directory)
         self._worker = Worker()
-        self.state = State.UNINITIALISED
-        self.lock_reason: LockReason | None = LockReason.FIRST_BOOT
-        self.lock_detail = ""
-        self.since = int(clock())
-        self.keyring: Keyring | None = None
-        self.last_generation: int | None = None
         self.policy_epoch = 0
-        self.rescheduled = asyncio.Event()  # set when `due` may have another answer
+        self._sealing = False
         self.configure(config)
 
     # --- configuration
@@ -85,9 +93,17 @@ class Host:
                 "operator: there is a keyring, and without an operator nobody could ever unlock it again"
             )
         try:
-            operators = tuple(KnownOperator(o.name, parse_recipient(o.recipient)) for o in config.operators)
+            operators = tuple(
+                KnownOperator(o.name, parse_recipient(o.recipient), o.groups, o.passphrase)
+                for o in config.operators
+            )
+            rules = Rules(operators, config.unlock.threshold, config.unlock.require)
+            if operators:
+                rules.check()
         except IdentityInvalid as err:
             raise ConfigInvalid(f"operator: {err.detail}") from err
+        except ValueError as err:
+            raise ConfigInvalid(f"operator, unlock: {err}") from err
         policy, missing = machine.policy_of(config)
         for name in missing:
             _log.warning("policy: %s does not exist here, so the rule grants nothing", name)
@@ -97,26 +113,14 @@ class Host:
         self.policy_epoch += 1
         tpm = config.tpm
         settings = None if tpm.tcti is None else TpmSettings(tpm.tcti, tpm.pcrs, config.seal.extra_resets)
-        self.keeper.configure([operator.recipient for operator in operators], settings)
+        self.keeper.configure(rules, settings)
 
-    async def reload(self, config: Config) -> None:
+    async def reload(self, config: Config, facts: Facts | None = None) -> None:
         """Take over a configuration, make the keys that it declares, and write the backup to its operators."""
-        self.audit.append("reload")
+        self.audit.append("reload", **(facts or {}))
         await self._worker.finish(self._reload(config))
 
     # --- reading
-
-    @property
-    def now(self) -> int:
-        return int(self._clock())
-
-    def open_keyring(self) -> Keyring:
-        """The keyring of this moment. Raises `Locked`, `NotInitialised`. Not to be kept across an await."""
-        if self.keyring is None:
-            if self.state is State.UNINITIALISED:
-                raise NotInitialised("there is no keyring yet")
-            raise Locked(self.lock_detail)
-        return self.keyring
 
     def due(self) -> int | None:
         """Unix seconds at which `tick` has something to do, or None."""
@@ -186,7 +190,17 @@ class Host:
 
     async def close(self) -> bool:
         """Wait for the change in hand, within bounds, then wipe. False if it hangs in the kernel, and cannot be ended."""
+        if self.state is State.UNLOCKED and self.keeper.plan is None:
+            # For a start in this boot that finds nothing in memory: not a restart then, and no reboot either.
+            with contextlib.suppress(UnsealerdError):
+                detail = "the service was stopped, and nothing was sealed"
+                await self.inspect(lambda: self._memory.remember(LockReason.DAEMON_STOPPED, detail))
         ended = await self._worker.close()
+        if self._sealing:
+            self._note(
+                "seal_failed", error=TpmFailed.__name__, detail="the daemon was ended before it was done"
+            )
+        self.kept.leave()
         if self.keyring is not None:
             self.keyring.close()
             self.keyring = None
@@ -210,6 +224,8 @@ class Host:
         async with self._worker.alone():
             self.configure(config)
             self.rescheduled.set()  # what fails below is tried again by `tick`
+            with contextlib.suppress(StorageFailed):  # it decides nothing
+                self.proofs.retain(self.operators)
             if self.keyring is not None:
                 draft = Draft(self.keyring)
                 self._amend(draft)
@@ -219,8 +235,13 @@ class Host:
     async def _first_state(self) -> None:
         await self._worker.blocking(self.keeper.finish_initialisation)
         if not self.keeper.store.present():
-            if leftovers := self.keeper.leftovers():
+            leftovers = self.keeper.leftovers() + (("the memory of a keyring",) if self.kept.found else ())
+            self.kept.wipe()
+            if leftovers:
                 raise BackupDamaged(f"there is {', '.join(leftovers)}, but no backup")
+            return
+        if self.kept.found:
+            await self._restore()
             return
         if not self.keeper.has_sealed_copy():
             await self._worker.blocking(
@@ -234,16 +255,54 @@ class Host:
             return
         self.audit.append("unseal")
         drafts: list[Draft] = []
-        unsealed = await self._worker.blocking(lambda: self.keeper.unseal(self._amending(drafts)))
-        try:
-            self.audit.append(
-                "unsealed", generation=unsealed.keyring.metadata.generation, destroyed=unsealed.proof.value
-            )
-        except AuditUnwritable:
-            unsealed.keyring.close()
-            raise
+        with self._keeping():
+            unsealed = await self._worker.blocking(lambda: self.keeper.unseal(self._amending(drafts)))
+            try:
+                self.audit.append(
+                    "unsealed",
+                    generation=unsealed.keyring.metadata.generation,
+                    destroyed=unsealed.proof.value,
+                )
+            except AuditUnwritable:
+                unsealed.keyring.close()
+                raise
         self._move(HostEvent.UNSEAL)
         self._opened(unsealed.keyring, drafts)
+
+    async def _restore(self) -> None:
+        """Take over what the process before this one has left in memory."""
+        try:
+            keyring = await self._worker.blocking(self.keeper.restore)
+        except (SealRefused, Rollback, TpmChanged, BackupDamaged):
+            self.kept.wipe()  # for any other reason it waits for the TPM, or the disk, and the next restart
+            raise
+        try:
+            self.audit.append("restored", generation=keyring.metadata.generation)
+        except AuditUnwritable:
+            keyring.close()
+            raise
+        self._move(HostEvent.RESTORE)
+        self._opened(keyring, [])
+        await self._forget_lock()
+        if self.keeper.plan is None and self.keeper.has_sealed_copy():
+            # Of a reboot that did not happen. A counter that cannot be moved now is moved by `tick`.
+            self._note("seal_cancelled")
+            with contextlib.suppress(TpmFailed):
+                await self._destroy_sealed()
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Around an opening: what it stores in memory is wiped again if nothing comes of it."""
+        self.kept.admit()
+        try:
+            yield
+        except BaseException:
+            self.kept.wipe()
+            raise
+
+    async def _forget_lock(self) -> None:
+        with contextlib.suppress(UnsealerdError):
+            await self._worker.blocking(self._memory.forget)
 
     async def _initialise(self, facts: Facts) -> Keyring:
         async with self._worker.alone():
@@ -252,7 +311,8 @@ class Host:
             self.audit.append("initialise", **facts)
             draft = Draft(None)
             self._amend(draft)
-            keyring = await self._worker.blocking(lambda: self.keeper.initialise(draft))
+            with self._keeping():
+                keyring = await self._worker.blocking(lambda: self.keeper.initialise(draft))
             self._move(HostEvent.INITIALISE)
             self._opened(keyring, [draft])
             return keyring
@@ -272,7 +332,14 @@ class Host:
         async with self._worker.alone():
             keyring = self.open_keyring()
             self.audit.append("seal", kind=kind.value, deadline=deadline or None, **facts)
-            written = await self._worker.blocking(lambda: self.keeper.seal(keyring, kind, deadline))
+            self._sealing = True
+            try:
+                written = await self._worker.blocking(lambda: self.keeper.seal(keyring, kind, deadline))
+            except UnsealerdError as err:
+                self._note("seal_failed", error=err.name, detail=err.detail)
+                raise
+            finally:
+                self._sealing = False
             self._adopt(written.keyring)
             if written.seal_error is not None:
                 self._note("seal_failed", error=written.seal_error.name, detail=written.seal_error.detail)
@@ -320,16 +387,21 @@ class Host:
 
     async def _lock(self, facts: Facts) -> None:
         async with self._worker.alone():
-            self.open_keyring()
+            if self.state is not State.LOCKED or not self.kept.found:
+                self.open_keyring()
             self.audit.append("lock", **facts)
             detail = "locked by the administrator"
             try:
-                if self.keeper.plan is not None or self.keeper.has_sealed_copy():
+                if self.keyring is not None and (
+                    self.keeper.plan is not None or self.keeper.has_sealed_copy()
+                ):
                     await self._destroy_sealed(LOCK_PATIENCE)
             finally:
                 # Whatever the disk and the TPM say, and if they say nothing at all: asked to lock, it locks.
-                self._move(HostEvent.LOCK)
+                if self.state is State.UNLOCKED:
+                    self._move(HostEvent.LOCK)
                 self._set_locked(LockReason.LOCKED_BY_ADMIN, detail)
+                self.kept.wipe()
             self._note("locked", reason=self._reason())
             try:
                 await self.inspect(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
@@ -343,23 +415,27 @@ class Host:
                     raise NotLocked("the host is not locked")
                 self.audit.append("unlock", accept_rollback=accept_rollback or None, **facts)
                 drafts: list[Draft] = []
-                try:
-                    unlocked = await self._worker.blocking(
-                        lambda: self.keeper.unlock(
-                            file_key, self._amending(drafts), accept_rollback=accept_rollback
+                with self._keeping():
+                    try:
+                        unlocked = await self._worker.blocking(
+                            lambda: self.keeper.unlock(
+                                file_key, self._amending(drafts), accept_rollback=accept_rollback
+                            )
                         )
-                    )
-                except UnsealerdError as err:
-                    self._note("unlock_failed", error=err.name, detail=err.detail, **facts)
-                    self._refused(err)
-                    raise
-                try:
-                    self.audit.append("unlocked", generation=unlocked.keyring.metadata.generation, **facts)
-                except AuditUnwritable:
-                    unlocked.keyring.close()
-                    raise
+                    except UnsealerdError as err:
+                        self._note("unlock_failed", error=err.name, detail=err.detail, **facts)
+                        self._refused(err)
+                        raise
+                    try:
+                        self.audit.append(
+                            "unlocked", generation=unlocked.keyring.metadata.generation, **facts
+                        )
+                    except AuditUnwritable:
+                        unlocked.keyring.close()
+                        raise
                 self._move(HostEvent.UNLOCK)
                 self._opened(unlocked.keyring, drafts if unlocked.written else [])
+                await self._forget_lock()
 
     async def _tick(self) -> None:
         async with self._worker.alone():
@@ -400,31 +476,6 @@ class Host:
     def _amend(self, draft: Draft) -> None:
         schedule.amend(draft, self.config.keys, self.now)
 
-    def _adopt(self, keyring: Keyring) -> None:
-        old, self.keyring = self.keyring, keyring
-        self.last_generation = keyring.metadata.generation
-        self.rescheduled.set()
-        if old is not None:
-            old.close()
-
-    def _opened(self, keyring: Keyring, drafts: list[Draft]) -> None:
-        self._adopt(keyring)
-        self.watchers.tell(Event("unlocked", self.state, None, None))
-        self._announce(drafts)
-
-    def _move(self, event: HostEvent) -> None:
-        self.state = HOST_TABLE[self.state, event]
-        self.since = self.now
-        if self.state is State.UNLOCKED:
-            self.lock_reason, self.lock_detail = None, ""
-
-    def _set_locked(self, reason: LockReason, detail: str) -> None:
-        old, self.keyring = self.keyring, None
-        if old is not None:
-            old.close()
-        self.state, self.lock_reason, self.lock_detail, self.since = State.LOCKED, reason, detail, self.now
-        self.watchers.tell(Event("locked", self.state, None, None))
-
     def relock(self, err: UnsealerdError) -> None:
         """Locked already: take over a more urgent reason that an attempt to unlock has brought up."""
         if self.state is State.LOCKED and self.lock_reason is not LOCKS.get(type(err)):
@@ -439,25 +490,6 @@ class Host:
         _log.warning("locked: %s (%s)", reason.value, err.detail)
         with contextlib.suppress(UnsealerdError):
             self.audit.append("locked", reason=reason.value, detail=err.detail or None)
-            if reason in FINAL and self.keeper.has_sealed_copy():
+            if reason in FINAL and (self.keeper.has_sealed_copy() or reason is LockReason.MEMORY_REFUSED):
                 self._memory.remember(reason, err.detail)
                 self.keeper.discard_refused()
-
-    def _reason(self) -> str | None:
-        return self.lock_reason.value if self.lock_reason is not None else None
-
-    def _announce(self, drafts: list[Draft]) -> None:
-        """Tell those who watch, and the log, what has happened."""
-        changes: list[Change] = [change for draft in drafts for change in draft.changes]
-        for change in changes:
-            self._note(f"key_{change.event}", key=change.key, version=change.version or None)
-        for change in changes:
-            if change.event in ("created", "rotated", "revoked"):
-                self.watchers.tell(Event(change.event, self.state, change.key, change.version))
-
-    def _note(self, event: str, **fields: object) -> None:
-        """Record an outcome. The intent was recorded durably before; that this one cannot be is logged, and undoes nothing."""
-        try:
-            self.audit.append(event, **fields)
-        except AuditUnwritable as err:
-            _log.error("audit: %s could not be recorded: %s", event, err.detail)

@@ -12,7 +12,7 @@ The order of every change, and what a crash after each step leaves::
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,14 +22,16 @@ from unsealerd.core import keyring as keyring_format
 from unsealerd.core.age import (
     FILE_KEY_SIZE,
     Header,
-    Recipient,
     decrypt_payload,
-    encrypt,
+    encrypt_under,
     parse_header,
 )
 from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
+from unsealerd.core.rules import Rules
 from unsealerd.core.secret import SecretBuffer
+from unsealerd.core.sharing import Backup, wrap
+from unsealerd.daemon.keptmemory import KeptMemory
 from unsealerd.daemon.store import BACKUP, PREVIOUS, SMALL_FILE, BackupStore, DurableDirectory
 from unsealerd.daemon.tpmlink import PIN, TpmLink, TpmSettings
 from unsealerd.errors import (
@@ -92,33 +94,42 @@ class Written:
 
 
 class Keeper:
-    def __init__(self, directory: DurableDirectory, link: TpmLink, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        directory: DurableDirectory,
+        store: BackupStore,
+        link: TpmLink,
+        kept: KeptMemory,
+        clock: Callable[[], float],
+    ) -> None:
         self._directory = directory
-        self.store = BackupStore(directory)
+        self.store = store
         self._link = link
+        self._kept = kept
         self._clock = clock
-        self._recipients: tuple[Recipient, ...] = ()
-        self._written_for: tuple[str, ...] | None = (
-            None  # whom the backup on disk was made for; None: not known
-        )
+        self._rules = Rules(())
+        self._written_for: Rules | None = None  # whom this process has written the backup on disk for
+        self._opened_for: Rules | None = None  # what the backup said that it opened; None: not known
         self.plan: SealPlan | None = None
         self.counter_behind = False
 
-    def configure(self, recipients: Sequence[Recipient], tpm: TpmSettings | None) -> None:
+    def configure(self, rules: Rules, tpm: TpmSettings | None) -> None:
         """What the configuration says now."""
-        self._recipients = tuple(recipients)
+        self._rules = rules
         self._link.settings = tpm
 
     @property
     def outdated(self) -> bool:
-        """Whether the backup was not written for the operators that the configuration names now."""
-        return self._written_for != self._operators()
+        """Whether the backup was not written for the operators, and by the rules, that the configuration names now."""
+        return self._written_for != self._rules
 
-    def _operators_left(self) -> bool:
-        return not set(self._written_for or ()) <= set(self._operators())
+    def _somebody_left(self, rules: Rules) -> bool:
+        """Whether the backup on disk may open to operators, or to fewer of them, than one that follows these rules.
 
-    def _operators(self) -> tuple[str, ...]:
-        return tuple(str(recipient) for recipient in self._recipients)
+        A backup without a list of operators does not say who they are, but that each opens it alone.
+        """
+        before = self._written_for or self._opened_for
+        return rules.split if before is None else not rules.admits(before)
 
     @property
     def now(self) -> int:
@@ -191,10 +202,43 @@ class Keeper:
                 raise
         return Unsealed(fresh, proof)
 
+    def restore(self) -> Keyring:
+        """The keyring that the process before this one has left in memory, if it is the one on disk, and current.
+
+        A lease goes on. Raises `SealRefused` (memory_refused) and what `unseal` raises.
+        """
+        keyring, data = self._kept.restore()
+        try:
+            with self._link.session() as tpm:
+                if tpm is not None:
+                    self._require_current(keyring, tpm)
+                elif keyring.metadata.counter is not None:
+                    raise TpmMissing("the backup is tied to a TPM, and the configuration names none")
+            self.store.opened(data)
+            sharing = self.backup().sharing
+            self._opened_for = sharing.rules if sharing is not None else None
+            self.plan = self._lease(keyring)
+        except BaseException:
+            keyring.close()
+            raise
+        return keyring
+
+    def _lease(self, keyring: Keyring) -> SealPlan | None:
+        """What is left of a lease from before the restart; any other sealed copy was for a reboot that did not happen."""
+        with contextlib.suppress(SealRefused, StorageFailed):
+            copy = self._sealed_copy()
+            if copy.deadline > self.now and copy.counter == keyring.metadata.counter:
+                return SealPlan(copy.kind, copy.created, copy.deadline)
+        return None
+
     def header(self) -> Header:
         """The header of the backup on disk. Raises `BackupDamaged`, `NotInitialised`."""
+        return self.backup().header
+
+    def backup(self) -> Backup:
+        """What the header of the backup on disk says of who opens it. Raises `BackupDamaged`, `NotInitialised`."""
         try:
-            return parse_header(self.store.read())
+            return Backup.of(parse_header(self.store.read()))
         except AgeHeaderInvalid as err:
             raise BackupDamaged(f"header: {err.detail}") from err
 
@@ -286,18 +330,20 @@ class Keeper:
         plan: SealPlan | None = None,
         forget_previous: bool = False,
     ) -> Written:
-        if not self._recipients:
+        rules = self._rules  # of one moment: the loop may take over another configuration meanwhile
+        if not rules.operators:
             raise ConfigInvalid("no [[operator]]: nobody could ever unlock this host")
         value = None if tpm is None else tpm.counter() + 1
         fresh = draft.build(generation=generation, counter=value, now=self.now)
         try:
             with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
-                data = encrypt(fresh.buffer.view, file_key, self._recipients)
+                data = encrypt_under(wrap(rules, file_key), fresh.buffer.view, file_key)
                 self._prove_readable(data, file_key, fresh)
-                # Who is no operator any more is not to find the generation before beside the new one.
-                self.store.write(data, forget_previous=forget_previous or self._operators_left())
+                # Who is no operator any more, or not alone, is not to find the generation before beside the new one.
+                with self._kept.following(fresh, data):
+                    self.store.write(data, forget_previous=forget_previous or self._somebody_left(rules))
                 # The change has happened. What fails from here on is reported, and does not undo it.
-                self._written_for = self._operators()
+                self._written_for = rules
                 self._advance(tpm, value)
                 return Written(fresh, self._follow(tpm, file_key, value, plan))
         except BaseException:
@@ -352,7 +398,9 @@ class Keeper:
     def _decrypt(self, file_key: SecretBuffer) -> Keyring:
         data = self.store.read()
         try:
-            plain = decrypt_payload(data, parse_header(data), file_key)
+            header = parse_header(data)
+            sharing = Backup.of(header).sharing
+            plain = decrypt_payload(data, header, file_key)
         except (AgeHeaderInvalid, AgeMacInvalid, AgePayloadInvalid) as err:
             raise BackupDamaged(f"{err.name}: {err.detail}") from err
         try:
@@ -361,6 +409,7 @@ class Keeper:
             plain.close()
             raise BackupDamaged(f"{err.name}: {err.detail}") from err
         self.store.opened(data)
+        self._opened_for = sharing.rules if sharing is not None else None
         return opened
 
     def _require_current(self, opened: Keyring, tpm: "Tpm") -> None:

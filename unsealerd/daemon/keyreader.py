@@ -7,6 +7,7 @@ from unsealerd.core.secret import SecretBuffer
 from unsealerd.daemon.access import Access
 from unsealerd.daemon.caller import Peer
 from unsealerd.daemon.host import Host
+from unsealerd.daemon.keptsockets import KeptSockets
 from unsealerd.daemon.keysockets import KeyConnection, KeySockets
 from unsealerd.daemon.watch import Event
 from unsealerd.errors import Locked, NotInitialised
@@ -16,11 +17,11 @@ _HEX = b"0123456789abcdef"
 
 
 class KeyReader:
-    def __init__(self, host: Host, access: Access, runtime_dir: Path) -> None:
+    def __init__(self, host: Host, access: Access, runtime_dir: Path, kept: KeptSockets) -> None:
         self._host = host
         self._access = access
-        self._primary = KeySockets(runtime_dir / "key", self._serve_primary)
-        self._all = KeySockets(runtime_dir / "keyset", self._serve_all)
+        self._primary = KeySockets(runtime_dir / "key", self._serve_primary, kept=kept)
+        self._all = KeySockets(runtime_dir / "keyset", self._serve_all, kept=kept)
         host.watchers.add(self._follow_state)
 
     def follow_configuration(self) -> None:

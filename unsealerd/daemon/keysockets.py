@@ -7,9 +7,10 @@ connection is never ended before a whole key was sent, whatever happens:
   killed then, the kernel resets them: the reader sees ECONNRESET (unix_release_sock() in net/unix/af_unix.c).
 * Who is denied, or was cut off half-way, is held until it gives up.
 * An accepted connection cannot be reset by the daemon (SO_LINGER means nothing on AF_UNIX; the kernel resets only if the
-  reader sent something that was not read). So `keep` is told of each accepted connection, and can have the service
-  manager hold a copy (FDSTORE=1): then not even the end of the daemon ends it. Without one, a reader that was
+  reader sent something that was not read). So the service manager holds a copy of each (`KeptSockets`), before anything else
+  is done with it: then not even the end of the daemon ends it. Where nobody holds one, a reader that was
   accepted and not served reads end-of-file when the daemon's process ends.
+* The service manager holds the listening sockets, too: who waits in the kernel's queue then is not even reset by a restart.
 * For the same reason nobody is turned away for there being too many connections. Beyond `KeyLimits.open` none is accepted until
   another one is given up: late, but never empty. Only a user with hundreds of readers that wait, all of them denied, is let go.
 """
@@ -25,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unsealerd.daemon.caller import Peer
+from unsealerd.daemon.fdstore import FdStore
 from unsealerd.daemon.hangup import HangUps
+from unsealerd.daemon.keptsockets import KeptSockets
 from unsealerd.daemon.listener import Listener, remove_stale
 from unsealerd.errors import (
     AuditUnwritable,
@@ -110,24 +113,27 @@ class KeyConnection:
 
 
 Serve = Callable[[str, Peer, KeyConnection], Awaitable[None]]
-Keep = Callable[[str, socket.socket], None]
 
 
 class KeySockets:
     """One listening socket for each key, ``DIRECTORY/NAME``. Starts paused: `resume` once the keys are there.
 
     `serve(name, peer, connection)` decides, audits, and calls ``connection.send_secret``. Whatever it raises, the reader is
-    held; after `Locked` it is served anew by the next `resume`. `keep(name, socket)` is called for each accepted
-    connection, see above. To be made inside of a running event loop.
+    held; after `Locked` it is served anew by the next `resume`. To be made inside of a running event loop.
     """
 
     def __init__(
-        self, directory: Path, serve: Serve, limits: KeyLimits | None = None, *, keep: Keep | None = None
+        self,
+        directory: Path,
+        serve: Serve,
+        limits: KeyLimits | None = None,
+        *,
+        kept: KeptSockets | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._directory = directory
         self._serve = serve
-        self._keep = keep
+        self._kept = kept if kept is not None else KeptSockets(FdStore())
         self._limits = limits if limits is not None else KeyLimits()
         # There are two of these, and a reader that waits takes up to three descriptors; the rest is for everybody else.
         self._most = min(self._limits.open, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
@@ -152,25 +158,36 @@ class KeySockets:
     def set_names(self, names: Collection[str]) -> None:
         """Listen for exactly these keys. `names` are file names; the caller has validated them.
 
-        Readers that wait for a name that goes away are reset. Raises `StorageFailed` or `ConfigInvalid`.
+        Whoever waited for one of them over a restart is taken over. Readers that wait for a name that goes away are reset.
+        Raises `StorageFailed` or `ConfigInvalid`.
         """
         try:
             self._directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
             self._directory.chmod(_DIRECTORY_MODE)
             for found in self._directory.iterdir():
-                if found.name not in self._listeners:
+                if found.name not in self._listeners and found.name not in names:
                     remove_stale(found)
         except OSError as err:
             raise StorageFailed(f"{self._directory}: {err.strerror}") from err
         for name in self._listeners.keys() - set(names):
             listener = self._listeners.pop(name)
             self._loop.remove_reader(listener.sock)
-            listener.close()
+            self._kept.close(self._label(name), listener, ends=False)
         for name in sorted(set(names) - self._listeners.keys()):
-            path = self._directory / name
-            self._listeners[name] = Listener.bind(path, _SOCKET_MODE, backlog=self._limits.backlog)
+            listener = self._kept.listener(
+                self._label(name), self._directory / name, _SOCKET_MODE, backlog=self._limits.backlog
+            )
+            self._listeners[name] = listener
             if self._accepting:
-                self._loop.add_reader(self._listeners[name].sock, self._accept, name)
+                self._loop.add_reader(listener.sock, self._accept, name)
+        for name, sock in self._kept.waiting(self._label("")):
+            if name in self._listeners:
+                self.adopt(name, sock)
+            else:
+                sock.close()
+
+    def _label(self, name: str) -> str:
+        return f"{self._directory.name}/{name}"
 
     def resume(self) -> None:
         """The keys are there: serve whoever waits."""
@@ -187,7 +204,7 @@ class KeySockets:
         self._update()
 
     def adopt(self, name: str, sock: socket.socket) -> None:
-        """Take over a connection that `keep` had kept for a process before this one. Served by the next `resume`."""
+        """Take over a connection that a process before this one had accepted. Served by the next `resume`."""
         sock.setblocking(False)
         connection = self._add(name, sock)
         if self._running:
@@ -196,13 +213,17 @@ class KeySockets:
             connection.parked = True
 
     async def close(self, grace: float = 5.0) -> None:
-        """Reset whoever was not accepted, give readers that are being served `grace` seconds, and let go of the rest."""
+        """The process ends: give readers that are being served `grace` seconds, and let go of the rest.
+
+        Whoever is not kept by the service manager and was not accepted is reset.
+        """
         self._running = False
         self._update()
         if self._retry is not None:
             self._retry.cancel()
         while self._listeners:
-            self._listeners.popitem()[1].close()
+            name, listener = self._listeners.popitem()
+            self._kept.close(self._label(name), listener, ends=True)
         tasks = {connection.task for connection in self._open if connection.task is not None}
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace)
@@ -242,6 +263,7 @@ class KeySockets:
                 self._wait_for_resources(err)
                 return
             sock.setblocking(False)
+            self._kept.keep(self._label(name), sock)
             self._start(self._add(name, sock))
             self._update()
 
@@ -264,8 +286,6 @@ class KeySockets:
     def _add(self, name: str, sock: socket.socket) -> KeyConnection:
         connection = KeyConnection(self, name, sock)
         self._open.add(connection)
-        if self._keep is not None:
-            self._keep(name, sock)
         self._hangups.watch(sock.fileno(), lambda: self.release(connection))
         return connection
 
@@ -279,6 +299,9 @@ class KeySockets:
                     _log.warning(
                         "key_reader_let_go key=%s uid=%d", connection.name, connection.peer.caller.uid
                     )
+                    # For the service manager's copy, too, if there is one.
+                    with contextlib.suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
                     self.release(connection)
                     return
                 connection.counted = True

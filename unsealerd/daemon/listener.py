@@ -9,6 +9,7 @@ from typing import Self
 
 from unsealerd.errors import ConfigInvalid, StorageFailed
 
+BACKLOG = 512
 _SUN_PATH_BYTES = 107  # unix(7): 108 with the final NUL
 
 
@@ -21,7 +22,7 @@ class Listener:
     inode: tuple[int, int]
 
     @classmethod
-    def bind(cls, path: Path, mode: int, gid: int | None = None, backlog: int = 512) -> Self:
+    def bind(cls, path: Path, mode: int, gid: int | None = None, backlog: int = BACKLOG) -> Self:
         """Listen at `path`, in place of a stale socket that may be there.
 
         The file is born with mode 0600 and gets its group before its mode: at no time can connect who may not. Raises
@@ -45,6 +46,25 @@ class Listener:
         except OSError as err:
             sock.close()
             raise StorageFailed(f"{path}: {err.strerror}") from err
+        return cls(sock, path, (status.st_dev, status.st_ino))
+
+    @classmethod
+    def adopt(cls, sock: socket.socket, path: Path, mode: int, gid: int | None = None) -> Self | None:
+        """A socket that listens at `path` already, with the mode and group of now; None if another file is there, or none.
+
+        That the file is of this very socket is for the caller to know: by its `inode`.
+        """
+        try:
+            if sock.getsockname() != os.fspath(path):
+                return None
+            status = os.stat(path, follow_symlinks=False)
+            if not stat.S_ISSOCK(status.st_mode):
+                return None
+            if gid is not None:
+                os.chown(path, -1, gid, follow_symlinks=False)
+            os.chmod(path, mode)
+        except OSError:
+            return None
         return cls(sock, path, (status.st_dev, status.st_ino))
 
     def close(self) -> None:

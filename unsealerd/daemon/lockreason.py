@@ -42,6 +42,7 @@ FINAL = frozenset(
         LockReason.SEALED_COPY_USED,
         LockReason.SEALED_COPY_DAMAGED,
         LockReason.LEASE_EXPIRED,
+        LockReason.MEMORY_REFUSED,  # then no reboot came between, or somebody meddles
     }
 )
 
@@ -64,6 +65,11 @@ class LockMemory:
         """Raises `StorageFailed`."""
         record = _RememberedLock(machine.boot_id(), self._link.reset_count(), reason, detail)
         self._directory.write(_LOCK_FILE, msgspec.json.encode(record))
+
+    def forget(self) -> None:
+        """The host is unlocked. Raises `StorageFailed`."""
+        if (self._directory.path / _LOCK_FILE).exists():
+            self._directory.remove(_LOCK_FILE)
 
     def recall(self) -> tuple[LockReason, str] | None:
         """The reason from before a restart of the daemon, if neither the machine nor the TPM was reset since."""

@@ -1,14 +1,20 @@
 """What `unsealctl status` shows."""
 
+import dataclasses
+import os
+
 import msgspec
 
 from unsealerd.core.secret import SecretMemoryKind
 from unsealerd.daemon import machine
 from unsealerd.daemon.host import Host
 from unsealerd.daemon.store import BACKUP
-from unsealerd.daemon.unlocking import SHARES_NEEDED, Conversations
+from unsealerd.daemon.unlocking import Conversations
 from unsealerd.errors import TpmChanged, TpmFailed, TpmLockout, TpmMissing, UnsealerdError
 from unsealerd.model import State
+
+PROVEN_FOR = 90 * 86400
+"""Seconds for which it counts that an operator opened the backup."""
 
 
 class Report:
@@ -24,7 +30,6 @@ class Report:
     async def status(self) -> dict[str, object]:
         """Stable names; the first nine in the order of the contract."""
         host = self._host
-        unlocked = host.state is State.UNLOCKED
         return {
             "state": host.state.value,
             "lock_reason": host.lock_reason.value if host.lock_reason is not None else None,
@@ -34,9 +39,9 @@ class Report:
             "tpm": await self._tpm(),
             "seal": self.seal(),
             "sessions": self._conversations.describe(),
-            "shares": {"present": SHARES_NEEDED if unlocked else 0, "needed": SHARES_NEEDED},
+            "shares": dataclasses.asdict(self._conversations.shares()),
             "lock_detail": host.lock_detail,
-            "operators": [operator.name for operator in host.operators],
+            "operators": [{"name": each.name, "proven": host.proofs.of(each)} for each in host.operators],
             "backup": {
                 "path": str(host.config.daemon.state_dir / BACKUP),
                 "written": host.keeper.store.written_at,
@@ -44,7 +49,10 @@ class Report:
             "boot_id": machine.boot_id(),
             "host_name": machine.host_name(),
             "secret_memory": self._secret_memory.value,
+            "memory": host.kept.describe(),
             "warnings": [*self._warnings, *self._unpromised()],
+            "counters": host.audit.counters.values(),
+            "pid": os.getpid(),
         }
 
     def seal(self) -> dict[str, object]:
@@ -94,4 +102,21 @@ class Report:
             warnings.append("no memfd_secret: keys are in locked memory that root and the kernel can read")
         if self._host.keeper.counter_behind:
             warnings.append("the TPM's counter is behind the backup: it is tried again at the next change")
+        if unproven := self._unproven():
+            warnings.append(unproven)
         return warnings
+
+    def _unproven(self) -> str | None:
+        """Whether so few operators are known to be able to unlock that the loss of one more key could be the end."""
+        host = self._host
+        if host.state is State.UNINITIALISED:
+            return None
+        times = [host.proofs.of(operator) for operator in host.operators]
+        recent = sum(time is not None and time > host.now - PROVEN_FOR for time in times)
+        wanted = min(host.config.unlock.threshold + 1, len(host.operators))
+        if recent >= wanted:
+            return None
+        return (
+            f"{recent} of {len(host.operators)} operators were proven within {PROVEN_FOR // 86400} days, and {wanted} "
+            "should be: have them run `unsealctl drill`"
+        )

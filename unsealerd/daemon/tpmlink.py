@@ -76,8 +76,9 @@ class TpmLink:
         with self.session(attach=False) as tpm:
             if tpm is None:
                 raise TpmMissing("no TPM is configured")
+            pcrs = () if self.settings is None else self.settings.pcrs
             pin = self.pin()
             if pin is None:
-                return tpm.facts(), None
+                return tpm.facts(pcrs), None
             tpm.attach(pin)
-            return tpm.facts(), tpm.counter()
+            return tpm.facts(pcrs), tpm.counter()

@@ -10,9 +10,9 @@ from unsealerd.daemon import machine
 from unsealerd.daemon.access import caller_facts
 from unsealerd.daemon.host import Host
 from unsealerd.daemon.interface import Empty, Interface, Method
-from unsealerd.daemon.unlocking import SHARES_NEEDED, Conversations
+from unsealerd.daemon.unlocking import Conversations
 from unsealerd.errors import BadMessage
-from unsealerd.model import State
+from unsealerd.model import Purpose
 
 if TYPE_CHECKING:
     from unsealerd.daemon.connection import Connection
@@ -23,6 +23,7 @@ class HelloParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nonce: bytes
     tags: list[bytes]
     peer: str = ""
+    purpose: Purpose = Purpose.UNLOCK
 
 
 class AnswerItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,20 +64,25 @@ class UnlockApi:
             **self._shares(),
         }
 
-    def hello(self, connection: "Connection", call: HelloParameters) -> dict[str, object]:
-        challenge = self._conversations.hello(
+    def hello(self, connection: "Connection", call: HelloParameters) -> Awaitable[dict[str, object]]:
+        return self._hello(connection, call)
+
+    async def _hello(self, connection: "Connection", call: HelloParameters) -> dict[str, object]:
+        challenge = await self._conversations.hello(
             connection,
             version=call.version,
             nonce=call.nonce,
             tags=call.tags,
             peer=None if self._console else call.peer or "unknown",
+            purpose=call.purpose,
         )
         reason = self._host.lock_reason
         return {
             "challenge": {
                 "session": challenge.session,
                 "questions": [
-                    {"tag": q.tag, "curve": q.curve.value, "point": q.point} for q in challenge.questions
+                    {"tag": q.tag, "curve": q.curve.value, "point": q.point, "kdf": q.kdf}
+                    for q in challenge.questions
                 ],
                 "lock_reason": reason.value if reason is not None else "",
                 "boot_id": machine.boot_id(),
@@ -94,7 +100,7 @@ class UnlockApi:
         return self._answer(connection, call)
 
     async def _answer(self, connection: "Connection", call: AnswerParameters) -> dict[str, object]:
-        outcomes = await self._conversations.answer(
+        judgement = await self._conversations.answer(
             connection,
             session=call.session,
             answers=[Answer(item.question, item.x) for item in call.answers],
@@ -102,10 +108,17 @@ class UnlockApi:
             accept_rollback=call.accept_rollback,
             facts=caller_facts(connection.peer.caller) if self._console else {},
         )
+        shares = self._conversations.shares()
+        # Who is not one of them is not told their names; where one was enough, there is nobody to wait for.
+        among_them = bool(set(judgement.accepted).intersection(shares.answered))
         return {
             "state": self._host.state.value,
-            **self._shares(),
-            "outcomes": [{"question": o.question, "result": o.result} for o in outcomes],
+            "shares_present": shares.present,
+            "shares_needed": shares.needed,
+            "outcomes": [{"question": o.question, "result": o.result} for o in judgement.outcomes],
+            "answered": list(shares.answered) if among_them else [],
+            "missing": list(shares.missing) if among_them else [],
+            "seconds_left": shares.seconds_left if among_them else None,
         }
 
     def forget(self, connection: object) -> None:
@@ -113,5 +126,5 @@ class UnlockApi:
         self._conversations.end(connection)
 
     def _shares(self) -> dict[str, object]:
-        present = SHARES_NEEDED if self._host.state is State.UNLOCKED else 0
-        return {"shares_present": present, "shares_needed": SHARES_NEEDED}
+        shares = self._conversations.shares()
+        return {"shares_present": shares.present, "shares_needed": shares.needed}

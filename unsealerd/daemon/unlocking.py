@@ -1,39 +1,51 @@
-"""The unlock sessions of the host: at most so many, each bound to one connection and gone with it."""
+"""The unlock sessions of the host: at most so many, each bound to one connection and gone with it.
+
+Where several operators are needed, what their answers open outlives the session, in the `Gathering`. A drill's does not:
+the session wipes it, and only that it opened is told.
+"""
 
 import asyncio
+import contextlib
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from unsealerd.core.age import Header
 from unsealerd.core.session import (
     LIFETIME,
     SESSION_ID_SIZE,
     Answer,
-    Outcome,
+    Judgement,
     Question,
     UnlockSession,
 )
+from unsealerd.core.sharing import Backup, Sharing
 from unsealerd.core.words import session_words
+from unsealerd.daemon.gathering import Gathering
 from unsealerd.daemon.host import Facts, Host
 from unsealerd.daemon.pace import Pace
+from unsealerd.daemon.watch import Event
 from unsealerd.errors import (
+    AuditUnwritable,
     BackupDamaged,
     BadMessage,
     LimitExceeded,
     NotInitialised,
     NotLocked,
+    SessionExpired,
+    StorageFailed,
     UnsealerdError,
 )
-from unsealerd.model import State
+from unsealerd.model import Purpose, State
 
 MAX_SESSIONS = 64
 MAX_CONSOLE_SESSIONS = 16  # besides: whoever is at the console is not kept out by the network
-SHARES_NEEDED = 1
-_ANSWER_INTERVAL = 0.5  # seconds between the audited answers of one peer
+_ANSWER_INTERVAL = 0.5  # seconds between the audited answers of one peer, and between drills that it begins
 _CONSOLE = "console"
 _MAX_REASON = 256  # characters
 _MAX_PEER = 128  # characters
+
+_log = logging.getLogger("unsealerd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,21 @@ class Challenge:
     questions: tuple[Question, ...]
     words: tuple[str, ...]
     seconds_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How far the operators are. All of it but the first two is for the administrator and for who is one of them."""
+
+    present: int
+    needed: int
+    """At the least."""
+    answered: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Operators who have not answered, and could."""
+    require: tuple[str, ...] = ()
+    """Required names that nobody has stood for yet."""
+    seconds_left: int | None = None
 
 
 @dataclass(slots=True)
@@ -61,16 +88,30 @@ class Conversations:
         self._monotonic = monotonic
         self._pace = Pace(_ANSWER_INTERVAL, monotonic)
         self._open: dict[object, _Open] = {}
-        self._header: tuple[object, Header | BackupDamaged] | None = None
+        self._backup: tuple[object, Backup | BackupDamaged] | None = None
+        self._gathering = Gathering(monotonic, self._shares_dropped)
+        self._operators = host.operators
+        host.watchers.add(self._state_changed)
 
-    def hello(
-        self, connection: object, *, version: int, nonce: bytes, tags: Sequence[bytes], peer: str | None
+    async def hello(
+        self,
+        connection: object,
+        *,
+        version: int,
+        nonce: bytes,
+        tags: Sequence[bytes],
+        peer: str | None,
+        purpose: Purpose = Purpose.UNLOCK,
     ) -> Challenge:
         """Start the connection's session. ``peer``: None at the console.
 
         Raises the errors of the session, `NotLocked` and `LimitExceeded`.
         """
-        self._require_locked()
+        self._require_state(purpose)
+        if purpose is Purpose.DRILL:
+            # A host that serves keys does not spend its time on points for whoever asks.
+            await self._pace.turn((purpose, peer))
+            self._require_state(purpose)
         if connection in self._open:
             raise BadMessage("one hello for each connection")
         alike = sum((other.peer is None) == (peer is None) for other in self._open.values())
@@ -83,8 +124,9 @@ class Conversations:
             nonce=nonce,
             tags=tags,
             operators=self._host.operators,
-            header=self._current_header(),
+            backup=self._current_backup(),
             now=now,
+            purpose=purpose,
         )
         words = session_words(session.id, nonce, tuple(question.point for question in questions))
         timer = asyncio.get_running_loop().call_later(LIFETIME, self.end, connection)
@@ -102,34 +144,122 @@ class Conversations:
         reason: str,
         accept_rollback: bool,
         facts: Facts,
-    ) -> tuple[Outcome, ...]:
-        """Try the answers. The host is unlocked afterwards if an outcome is ``accepted``; otherwise none was right."""
+    ) -> Judgement:
+        """Try the answers: for an unlock, or for a drill, as the hello said.
+
+        The host is unlocked afterwards if one that was accepted is enough, or the last that was needed. The judgement that
+        comes back has no secret in it any more.
+        """
         opened = self._open.get(connection)
         if opened is None:
             raise BadMessage("an answer before the hello")
+        drill = opened.session.purpose is Purpose.DRILL
         try:
             await self._pace.turn(opened.peer)
-            self._require_locked()
+            self._require_state(opened.session.purpose)
             who: Facts = {
                 **facts,
                 "peer": opened.peer or _CONSOLE,
                 "operators": list(opened.session.operators),
                 "reason": _printable(reason, _MAX_REASON) or None,
             }
-            self._host.audit.append("unlock_answer", **who)
+            self._host.audit.append("drill_answer" if drill else "unlock_answer", **who)
             try:
-                file_key, outcomes = opened.session.answer(session, answers, int(self._monotonic()))
+                backup = self._require_current(opened.session)
+                judgement = opened.session.answer(session, answers, int(self._monotonic()))
             except UnsealerdError as err:
-                self._host.audit.append("unlock_refused", error=err.name, **who)
+                self._refused(drill, err.name, who)
                 raise
-            if file_key is None:
-                self._host.audit.append("unlock_refused", error="BadAnswer", **who)
-                return outcomes
-            accepted = sorted({outcome.operator for outcome in outcomes if outcome.result == "accepted"})
-            await self._host.unlock(file_key, {**who, "operators": accepted}, accept_rollback=accept_rollback)
-            return outcomes
+            if not judgement.accepted:
+                self._refused(drill, "BadAnswer", who)
+                return judgement
+            who |= {"operators": list(judgement.accepted), "refused": list(judgement.refused) or None}
+            if drill:
+                self._host.audit.append("drill", **who)
+                self._host.proofs.record(
+                    self._recipients(backup, judgement), self._host.operators, self._host.now
+                )
+            else:
+                await self._unlock(backup, judgement, who, accept_rollback)
+            return Judgement(judgement.outcomes, None, {})
         finally:
             self.end(connection)
+
+    async def _unlock(self, backup: Backup, judgement: Judgement, who: Facts, accept_rollback: bool) -> None:
+        self._prove(backup, judgement)
+        if judgement.file_key is not None:
+            await self._host.unlock(judgement.file_key, who, accept_rollback=accept_rollback)
+        elif backup.split is not None:
+            self._gather(backup, backup.split, judgement, who, accept_rollback)
+            try:
+                combined = self._gathering.combine()
+            except BackupDamaged as err:
+                self._refused(False, err.name, who)
+                raise
+            if combined is not None:
+                who |= {"operators": list(combined.operators), "completed_by": list(judgement.accepted)}
+                await self._host.unlock(combined.file_key, who, accept_rollback=combined.accept_rollback)
+
+    def _gather(
+        self, backup: Backup, sharing: Sharing, judgement: Judgement, who: Facts, accept_rollback: bool
+    ) -> None:
+        """Keep the shares for those that are still to come. Takes them over."""
+        try:
+            self._follow_operators()
+            present = {*self._gathering.answered, *judgement.accepted}
+            self._host.audit.append(
+                "unlock_share",
+                **who,
+                accept_rollback=accept_rollback or None,
+                present=len(present),
+                needed=sharing.rules.needed(present),
+            )
+        except BaseException:
+            for share in judgement.shares.values():
+                share.close()
+            raise
+        self._gathering.add(
+            backup,
+            sharing,
+            judgement.shares,
+            window=self._host.config.unlock.window,
+            accept_rollback=accept_rollback,
+        )
+
+    def shares(self) -> Shares:
+        """How far the operators are."""
+        needed = self._host.config.unlock.threshold
+        match self._host.state:
+            case State.UNINITIALISED:
+                return Shares(0, needed)
+            case State.UNLOCKED:
+                return Shares(needed, needed)
+            case State.LOCKED:
+                pass
+        try:
+            backup = self._current_backup()
+        except (BackupDamaged, NotInitialised):
+            return Shares(0, needed)
+        members = tuple(operator.name for _, operator in backup.members(self._host.operators))
+        if backup.split is None:
+            return Shares(0, 1, missing=members)
+        self._follow_operators()
+        self._gathering.follow(backup)
+        rules, answered = backup.split.rules, self._gathering.answered
+        return Shares(
+            len(answered),
+            rules.needed(answered),
+            answered,
+            tuple(name for name in members if name not in answered),
+            rules.unmet(answered),
+            self._gathering.seconds_left,
+        )
+
+    def close(self) -> None:
+        """Wipe what there is of sessions and shares."""
+        for connection in list(self._open):
+            self.end(connection)
+        self._gathering.drop("the daemon ends")
 
     def end(self, connection: object) -> None:
         """Wipe the connection's session, if it has one."""
@@ -143,6 +273,7 @@ class Conversations:
         return [
             {
                 "operators": o.session.operators,
+                "purpose": o.session.purpose.value,
                 "peer": o.peer or _CONSOLE,
                 "opened": o.opened,
                 "words": o.words,
@@ -150,28 +281,68 @@ class Conversations:
             for o in self._open.values()
         ]
 
-    def _require_locked(self) -> None:
+    def _require_state(self, purpose: Purpose) -> None:
         match self._host.state:
             case State.UNINITIALISED:
                 raise NotInitialised("there is nothing to unlock")
-            case State.UNLOCKED:
+            case State.UNLOCKED if purpose is Purpose.UNLOCK:
                 raise NotLocked("the host is not locked")
-            case State.LOCKED:
+            case State.UNLOCKED | State.LOCKED:
                 return
 
-    def _current_header(self) -> Header:
+    def _require_current(self, session: UnlockSession) -> Backup:
+        """The backup that the session asked about, if it is still the one on disk."""
+        backup = self._current_backup()
+        if backup != session.backup:
+            raise SessionExpired("the backup was written anew since the hello")
+        return backup
+
+    def _current_backup(self) -> Backup:
         """Parsed again only when the file is another one: a peer that says hello costs no disk read."""
         signature = self._host.keeper.store.signature()
-        if self._header is None or self._header[0] != signature:
+        if self._backup is None or self._backup[0] != signature:
             try:
-                self._header = (signature, self._host.keeper.header())
+                self._backup = (signature, self._host.keeper.backup())
             except BackupDamaged as err:
-                self._header = (signature, err)
+                self._backup = (signature, err)
                 self._host.relock(err)
-        header = self._header[1]
-        if isinstance(header, BackupDamaged):
-            raise BackupDamaged(header.detail)
-        return header
+        backup = self._backup[1]
+        if isinstance(backup, BackupDamaged):
+            raise BackupDamaged(backup.detail)
+        return backup
+
+    def _refused(self, drill: bool, error: str, who: Facts) -> None:
+        self._host.audit.append("drill_refused" if drill else "unlock_refused", error=error, **who)
+
+    def _recipients(self, backup: Backup, judgement: Judgement) -> set[str]:
+        return {
+            str(operator.recipient)
+            for _, operator in backup.members(self._host.operators)
+            if operator.name in judgement.accepted
+        }
+
+    def _prove(self, backup: Backup, judgement: Judgement) -> None:
+        """Remember who has just opened the backup. That it cannot be remembered is no reason not to unlock."""
+        try:
+            self._host.proofs.record(
+                self._recipients(backup, judgement), self._host.operators, self._host.now
+            )
+        except StorageFailed as err:
+            _log.warning("who was proven is not remembered: %s", err.detail)
+
+    def _follow_operators(self) -> None:
+        """Shares of who is no operator any more do not count; simpler and as good: none that were given before."""
+        if self._host.operators != self._operators:
+            self._operators = self._host.operators
+            self._gathering.drop("the operators are others")
+
+    def _state_changed(self, event: Event) -> None:
+        if event.event in ("locked", "unlocked"):
+            self._gathering.drop(f"the host is {event.event}")
+
+    def _shares_dropped(self, why: str, operators: tuple[str, ...]) -> None:
+        with contextlib.suppress(AuditUnwritable):  # giving up what was given needs no permission
+            self._host.audit.append("unlock_shares_dropped", detail=why, operators=list(operators))
 
 
 def _printable(text: str, limit: int) -> str:

@@ -11,10 +11,15 @@ from google.protobuf.message import DecodeError
 
 from unsealerd.core.conversation import Answer, AnswerCall, Challenge, HelloCall, Result, Status
 from unsealerd.errors import BadMessage, DaemonUnreachable
-from unsealerd.model import Curve, State
+from unsealerd.model import Curve, Purpose, State
 from unsealerd.proto import unlock_pb2 as pb
 
 _CURVES = {Curve.P256: pb.CURVE_P256, Curve.X25519: pb.CURVE_X25519}
+_PURPOSES: dict[int, Purpose] = {
+    pb.PURPOSE_UNSPECIFIED: Purpose.UNLOCK,
+    pb.PURPOSE_UNLOCK: Purpose.UNLOCK,
+    pb.PURPOSE_DRILL: Purpose.DRILL,
+}
 _STATES = {
     State.UNINITIALISED: pb.STATE_UNINITIALISED,
     State.LOCKED: pb.STATE_LOCKED,
@@ -31,7 +36,10 @@ def request(data: bytes, peer: str) -> HelloCall | AnswerCall:
     match message.WhichOneof("step"):
         case "hello":
             hello = message.hello
-            return HelloCall(hello.version, hello.nonce, tuple(hello.tags), peer)
+            purpose = _PURPOSES.get(hello.purpose)
+            if purpose is None:
+                raise BadMessage("a hello with an unknown purpose")
+            return HelloCall(hello.version, hello.nonce, tuple(hello.tags), peer, purpose)
         case "answer":
             answer = message.answer
             shares = tuple(Answer(share.question, share.x) for share in answer.shares)
@@ -52,7 +60,7 @@ def _held() -> Iterator[None]:
 def challenge(value: Challenge, fingerprint: bytes) -> bytes:
     """``fingerprint``: of the TLS key, which is this gateway's to add."""
     questions = [
-        pb.Question(tag=question.tag, curve=_CURVES[question.curve], point=question.point)
+        pb.Question(tag=question.tag, curve=_CURVES[question.curve], point=question.point, kdf=question.kdf)
         for question in value.questions
     ]
     message = pb.Challenge(
@@ -79,6 +87,9 @@ def result(value: Result) -> bytes:
         shares_present=value.shares_present,
         shares_needed=value.shares_needed,
         outcomes=[pb.Outcome(question=outcome.question, result=outcome.result) for outcome in value.outcomes],
+        answered=value.answered,
+        missing=value.missing,
+        seconds_left=value.seconds_left,
     )
     return pb.SessionResponse(result=message).SerializeToString()
 

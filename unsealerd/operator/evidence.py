@@ -12,11 +12,14 @@ from typing import Final, NoReturn, final
 from unsealerd.core import session as protocol
 from unsealerd.core.age import Identity
 from unsealerd.core.blinding import validate_point
-from unsealerd.core.conversation import Answer, Challenge
+from unsealerd.core.conversation import Answer, Challenge, Question
+from unsealerd.core.rules import passphrase_subject
 from unsealerd.core.words import session_words
 from unsealerd.errors import BadMessage, BadPoint, BadRequest, HostMismatch, LimitExceeded
+from unsealerd.model import Curve, Purpose
 from unsealerd.operator.events import Exchanging, OnEvent
 from unsealerd.operator.hosts import Trust
+from unsealerd.operator.identities.passphrase import PassphraseOperator
 
 # What the host says is shown on a terminal: no control characters, no look-alikes.
 _LOCK_REASON = re.compile(r"[a-z0-9_]{0,64}")
@@ -61,6 +64,14 @@ class LocalSocket:
 
 
 Expectation = KnownHost | LocalSocket
+Offered = Identity | PassphraseOperator
+
+
+def subject(offered: Offered) -> str:
+    """What an identity is called in a session: its recipient, or whose passphrase it is."""
+    if isinstance(offered, PassphraseOperator):
+        return passphrase_subject(offered.name)
+    return str(offered.recipient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +79,19 @@ class Offer:
     """What the hello says the operator can answer for."""
 
     nonce: bytes
-    identities: Mapping[bytes, Identity]
+    identities: Mapping[bytes, Offered]
     """By tag."""
+    purpose: Purpose = Purpose.UNLOCK
 
     @classmethod
-    def make(cls, nonce: bytes, identities: Iterable[Identity]) -> "Offer":
+    def make(cls, nonce: bytes, identities: Iterable[Offered], purpose: Purpose = Purpose.UNLOCK) -> "Offer":
         """Each recipient once. Raises `BadRequest` for no identity, `LimitExceeded` for too many."""
-        tags = {protocol.recipient_tag(nonce, str(each.recipient)): each for each in identities}
+        tags = {protocol.recipient_tag(nonce, subject(each), purpose): each for each in identities}
         if not tags:
             raise BadRequest("no identity to answer with")
         if len(tags) > protocol.MAX_TAGS:
             raise LimitExceeded(f"more than {protocol.MAX_TAGS} identities")
-        return cls(nonce, tags)
+        return cls(nonce, tags, purpose)
 
 
 # --- what only `verify` makes
@@ -98,14 +110,15 @@ class _MadeByVerify:
 class VerifiedQuestion(_MadeByVerify):
     """A valid point from a verified host, for an identity that was offered."""
 
-    __slots__ = ("_identity", "_index", "_point")
+    __slots__ = ("_index", "_kdf", "_offered", "_point")
 
-    def __init__(self, by: object, index: int, identity: Identity, point: bytes) -> None:
+    def __init__(self, by: object, index: int, offered: Offered, point: bytes, kdf: str | None) -> None:
         if by is not _BY_VERIFY:
             raise TypeError("only verify() makes a VerifiedQuestion")
         self._index = index
-        self._identity = identity
+        self._offered = offered
         self._point = point
+        self._kdf = kdf
 
     @property
     def index(self) -> int:
@@ -114,14 +127,22 @@ class VerifiedQuestion(_MadeByVerify):
 
     @property
     def recipient(self) -> str:
-        return str(self._identity.recipient)
+        """Or ``passphrase:NAME``: then nobody knows the recipient before the passphrase is entered."""
+        return subject(self._offered)
 
     def answer(self, on_event: OnEvent) -> Answer:
-        """Use the private key. May prompt for a PIN or wait for a touch. Raises what the identity raises."""
+        """Use the private key. May prompt for a PIN or a passphrase, or wait for a touch. Raises what the identity raises."""
         on_event(Exchanging(self.recipient))
-        with self._identity.exchange(self._point) as x:
+        with self._identity().exchange(self._point) as x:
             # Not secret from the wire: without the server's blinding it opens nothing.
             return Answer(self._index, bytes(x.view))
+
+    def _identity(self) -> Identity:
+        if not isinstance(self._offered, PassphraseOperator):
+            return self._offered
+        if self._kdf is None:  # `verify` has seen to it
+            raise BadMessage("a question for a passphrase without the parameters")
+        return self._offered.identity(self._kdf)
 
 
 @final
@@ -164,6 +185,10 @@ def verify(
     _verify_host(expected, evidence)
     _verify_facts(challenge)
     questions = tuple(_verified(offer, challenge, index) for index in range(len(challenge.questions)))
+    passphrases = [each.tag for each in challenge.questions if each.kdf is not None]
+    if len(set(passphrases)) != len(passphrases):
+        # Each would be asked for; and what is derived by two salts is worth two guesses.
+        raise BadMessage("one passphrase is asked for twice")
     words = session_words(
         challenge.session, offer.nonce, tuple(question.point for question in challenge.questions)
     )
@@ -205,10 +230,25 @@ def _verify_facts(challenge: Challenge) -> None:
 
 def _verified(offer: Offer, challenge: Challenge, index: int) -> VerifiedQuestion:
     question = challenge.questions[index]
-    identity = offer.identities.get(question.tag)
-    if identity is None:
+    offered = offer.identities.get(question.tag)
+    if offered is None:
         raise BadMessage("a question for somebody else")
-    if question.curve is not identity.recipient.curve:
+    if question.curve is not _curve(offered, question):
         raise BadPoint("a question on another curve than the identity's")
     validate_point(question.curve, question.point)
-    return VerifiedQuestion(_BY_VERIFY, index, identity, question.point)
+    return VerifiedQuestion(_BY_VERIFY, index, offered, question.point, question.kdf)
+
+
+def _curve(offered: Offered, question: Question) -> Curve:
+    """The curve of the identity. Raises `BadMessage` for parameters of a passphrase that are missing, bad, or out of place."""
+    if not isinstance(offered, PassphraseOperator):
+        if question.kdf is not None:
+            raise BadMessage("the parameters of a passphrase for who has a key")
+        return offered.recipient.curve
+    from unsealerd.core.passphrase import Parameters
+
+    try:
+        Parameters.parse(question.kdf or "")
+    except BadRequest as err:
+        raise BadMessage(f"{subject(offered)}: {err.detail}") from err
+    return Curve.X25519

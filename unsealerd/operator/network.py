@@ -29,7 +29,7 @@ from unsealerd.errors import (
     NotInstalled,
     SessionExpired,
 )
-from unsealerd.model import Curve, State
+from unsealerd.model import Curve, Purpose, State
 from unsealerd.operator.evidence import Evidence, Expectation, KnownHost, NoEvidence, TlsPin
 from unsealerd.operator.hosts import Host, fetch_certificate
 
@@ -117,7 +117,10 @@ class GrpcConversation:
         """Raises `HostUnreachable`, `HostMismatch`, `BadMessage`, and what the host names."""
         from unsealerd.proto import unlock_pb2 as pb
 
-        hello = pb.Hello(version=call.version, nonce=call.nonce, tags=call.tags)
+        purposes = {Purpose.UNLOCK: pb.PURPOSE_UNLOCK, Purpose.DRILL: pb.PURPOSE_DRILL}
+        hello = pb.Hello(
+            version=call.version, nonce=call.nonce, tags=call.tags, purpose=purposes[call.purpose]
+        )
         self._requests.put(pb.SessionRequest(hello=hello).SerializeToString())
         requests = iter(self._requests.get, None)
         self._call = cast(_Stream, self._stream(requests, timeout=self._deadlines.session))
@@ -252,7 +255,8 @@ def _challenge(message: "unlock_pb2.Challenge") -> Challenge:
         curve = curves.get(question.curve)
         if curve is None:
             raise BadMessage("a question on an unknown curve")
-        questions.append(Question(question.tag, curve, question.point))
+        kdf = question.kdf if question.HasField("kdf") else None
+        questions.append(Question(question.tag, curve, question.point, kdf))
     return Challenge(
         session=message.session,
         questions=tuple(questions),
@@ -276,7 +280,15 @@ def _evidence(message: "unlock_pb2.Challenge") -> Evidence:
 
 def _result(message: "unlock_pb2.Result") -> Result:
     outcomes = tuple(Outcome(each.question, each.result) for each in message.outcomes)
-    return Result(_state(message.state), message.shares_present, message.shares_needed, outcomes)
+    return Result(
+        _state(message.state),
+        message.shares_present,
+        message.shares_needed,
+        outcomes,
+        tuple(message.answered),
+        tuple(message.missing),
+        message.seconds_left if message.HasField("seconds_left") else None,
+    )
 
 
 def _state(value: int) -> State:

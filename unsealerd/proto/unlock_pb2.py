@@ -24,43 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cunsealerd/proto/unlock.proto\x12\x0cunsealerd.v1\"f\n\x0eSessionRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.unsealerd.v1.HelloH\x00\x12&\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x14.unsealerd.v1.AnswerH\x00\x42\x06\n\x04step\"o\n\x0fSessionResponse\x12,\n\tchallenge\x18\x01 \x01(\x0b\x32\x17.unsealerd.v1.ChallengeH\x00\x12&\n\x06result\x18\x02 \x01(\x0b\x32\x14.unsealerd.v1.ResultH\x00\x42\x06\n\x04step\"5\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x0c\n\x04tags\x18\x03 \x03(\x0c\"J\n\x08Question\x12\x0b\n\x03tag\x18\x01 \x01(\x0c\x12\"\n\x05\x63urve\x18\x02 \x01(\x0e\x32\x13.unsealerd.v1.Curve\x12\r\n\x05point\x18\x03 \x01(\x0c\"\xc5\x02\n\tChallenge\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12)\n\tquestions\x18\x02 \x03(\x0b\x32\x16.unsealerd.v1.Question\x12\x13\n\x0block_reason\x18\x03 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x11\n\thost_name\x18\x05 \x01(\t\x12\x0e\n\x06uptime\x18\x06 \x01(\x04\x12\x17\n\ngeneration\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0b\x62\x61\x63kup_time\x18\x08 \x01(\x04\x12\x16\n\x0eshares_present\x18\t \x01(\r\x12\x15\n\rshares_needed\x18\n \x01(\r\x12\x10\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\r\x12(\n\x08\x65vidence\x18\x0c \x01(\x0b\x32\x16.unsealerd.v1.EvidenceB\r\n\x0b_generationJ\x04\x08\r\x10\x0eR\x05words\"A\n\x08\x45vidence\x12\'\n\x07tls_pin\x18\x01 \x01(\x0b\x32\x14.unsealerd.v1.TlsPinH\x00\x42\x06\n\x04kindJ\x04\x08\x02\x10\x03\"\x1d\n\x06TlsPin\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\"g\n\x06\x41nswer\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12#\n\x06shares\x18\x02 \x03(\x0b\x32\x13.unsealerd.v1.Share\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x63\x63\x65pt_rollback\x18\x04 \x01(\x08\"$\n\x05Share\x12\x10\n\x08question\x18\x01 \x01(\r\x12\t\n\x01x\x18\x02 \x01(\x0c\"\x84\x01\n\x06Result\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.unsealerd.v1.State\x12\x16\n\x0eshares_present\x18\x02 \x01(\r\x12\x15\n\rshares_needed\x18\x03 \x01(\r\x12\'\n\x08outcomes\x18\x04 \x03(\x0b\x32\x15.unsealerd.v1.Outcome\"+\n\x07Outcome\x12\x10\n\x08question\x18\x01 \x01(\r\x12\x0e\n\x06result\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\x90\x01\n\x11GetStatusResponse\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.unsealerd.v1.State\x12\x18\n\x0block_reason\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x16\n\x0eshares_present\x18\x03 \x01(\r\x12\x15\n\rshares_needed\x18\x04 \x01(\rB\x0e\n\x0c_lock_reason*@\n\x05\x43urve\x12\x15\n\x11\x43URVE_UNSPECIFIED\x10\x00\x12\x0e\n\nCURVE_P256\x10\x01\x12\x10\n\x0c\x43URVE_X25519\x10\x02*]\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STATE_UNINITIALISED\x10\x01\x12\x10\n\x0cSTATE_LOCKED\x10\x02\x12\x12\n\x0eSTATE_UNLOCKED\x10\x03\x32\xa2\x01\n\x06Unlock\x12J\n\x07Session\x12\x1c.unsealerd.v1.SessionRequest\x1a\x1d.unsealerd.v1.SessionResponse(\x01\x30\x01\x12L\n\tGetStatus\x12\x1e.unsealerd.v1.GetStatusRequest\x1a\x1f.unsealerd.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cunsealerd/proto/unlock.proto\x12\x0cunsealerd.v1\"f\n\x0eSessionRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.unsealerd.v1.HelloH\x00\x12&\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x14.unsealerd.v1.AnswerH\x00\x42\x06\n\x04step\"o\n\x0fSessionResponse\x12,\n\tchallenge\x18\x01 \x01(\x0b\x32\x17.unsealerd.v1.ChallengeH\x00\x12&\n\x06result\x18\x02 \x01(\x0b\x32\x14.unsealerd.v1.ResultH\x00\x42\x06\n\x04step\"]\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x0c\n\x04tags\x18\x03 \x03(\x0c\x12&\n\x07purpose\x18\x04 \x01(\x0e\x32\x15.unsealerd.v1.Purpose\"d\n\x08Question\x12\x0b\n\x03tag\x18\x01 \x01(\x0c\x12\"\n\x05\x63urve\x18\x02 \x01(\x0e\x32\x13.unsealerd.v1.Curve\x12\r\n\x05point\x18\x03 \x01(\x0c\x12\x10\n\x03kdf\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x06\n\x04_kdf\"\xc5\x02\n\tChallenge\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12)\n\tquestions\x18\x02 \x03(\x0b\x32\x16.unsealerd.v1.Question\x12\x13\n\x0block_reason\x18\x03 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x11\n\thost_name\x18\x05 \x01(\t\x12\x0e\n\x06uptime\x18\x06 \x01(\x04\x12\x17\n\ngeneration\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0b\x62\x61\x63kup_time\x18\x08 \x01(\x04\x12\x16\n\x0eshares_present\x18\t \x01(\r\x12\x15\n\rshares_needed\x18\n \x01(\r\x12\x10\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\r\x12(\n\x08\x65vidence\x18\x0c \x01(\x0b\x32\x16.unsealerd.v1.EvidenceB\r\n\x0b_generationJ\x04\x08\r\x10\x0eR\x05words\"A\n\x08\x45vidence\x12\'\n\x07tls_pin\x18\x01 \x01(\x0b\x32\x14.unsealerd.v1.TlsPinH\x00\x42\x06\n\x04kindJ\x04\x08\x02\x10\x03\"\x1d\n\x06TlsPin\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\"g\n\x06\x41nswer\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12#\n\x06shares\x18\x02 \x03(\x0b\x32\x13.unsealerd.v1.Share\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x63\x63\x65pt_rollback\x18\x04 \x01(\x08\"$\n\x05Share\x12\x10\n\x08question\x18\x01 \x01(\r\x12\t\n\x01x\x18\x02 \x01(\x0c\"\xd3\x01\n\x06Result\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.unsealerd.v1.State\x12\x16\n\x0eshares_present\x18\x02 \x01(\r\x12\x15\n\rshares_needed\x18\x03 \x01(\r\x12\'\n\x08outcomes\x18\x04 \x03(\x0b\x32\x15.unsealerd.v1.Outcome\x12\x10\n\x08\x61nswered\x18\x05 \x03(\t\x12\x0f\n\x07missing\x18\x06 \x03(\t\x12\x19\n\x0cseconds_left\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_seconds_left\"+\n\x07Outcome\x12\x10\n\x08question\x18\x01 \x01(\r\x12\x0e\n\x06result\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\x90\x01\n\x11GetStatusResponse\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.unsealerd.v1.State\x12\x18\n\x0block_reason\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x16\n\x0eshares_present\x18\x03 \x01(\r\x12\x15\n\rshares_needed\x18\x04 \x01(\rB\x0e\n\x0c_lock_reason*I\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePURPOSE_UNLOCK\x10\x01\x12\x11\n\rPURPOSE_DRILL\x10\x02*@\n\x05\x43urve\x12\x15\n\x11\x43URVE_UNSPECIFIED\x10\x00\x12\x0e\n\nCURVE_P256\x10\x01\x12\x10\n\x0c\x43URVE_X25519\x10\x02*]\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STATE_UNINITIALISED\x10\x01\x12\x10\n\x0cSTATE_LOCKED\x10\x02\x12\x12\n\x0eSTATE_UNLOCKED\x10\x03\x32\xa2\x01\n\x06Unlock\x12J\n\x07Session\x12\x1c.unsealerd.v1.SessionRequest\x1a\x1d.unsealerd.v1.SessionResponse(\x01\x30\x01\x12L\n\tGetStatus\x12\x1e.unsealerd.v1.GetStatusRequest\x1a\x1f.unsealerd.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'unsealerd.proto.unlock_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CURVE']._serialized_start=1310
-  _globals['_CURVE']._serialized_end=1374
-  _globals['_STATE']._serialized_start=1376
-  _globals['_STATE']._serialized_end=1469
+  _globals['_PURPOSE']._serialized_start=1455
+  _globals['_PURPOSE']._serialized_end=1528
+  _globals['_CURVE']._serialized_start=1530
+  _globals['_CURVE']._serialized_end=1594
+  _globals['_STATE']._serialized_start=1596
+  _globals['_STATE']._serialized_end=1689
   _globals['_SESSIONREQUEST']._serialized_start=46
   _globals['_SESSIONREQUEST']._serialized_end=148
   _globals['_SESSIONRESPONSE']._serialized_start=150
   _globals['_SESSIONRESPONSE']._serialized_end=261
   _globals['_HELLO']._serialized_start=263
-  _globals['_HELLO']._serialized_end=316
-  _globals['_QUESTION']._serialized_start=318
-  _globals['_QUESTION']._serialized_end=392
-  _globals['_CHALLENGE']._serialized_start=395
-  _globals['_CHALLENGE']._serialized_end=720
-  _globals['_EVIDENCE']._serialized_start=722
-  _globals['_EVIDENCE']._serialized_end=787
-  _globals['_TLSPIN']._serialized_start=789
-  _globals['_TLSPIN']._serialized_end=818
-  _globals['_ANSWER']._serialized_start=820
-  _globals['_ANSWER']._serialized_end=923
-  _globals['_SHARE']._serialized_start=925
-  _globals['_SHARE']._serialized_end=961
-  _globals['_RESULT']._serialized_start=964
-  _globals['_RESULT']._serialized_end=1096
-  _globals['_OUTCOME']._serialized_start=1098
-  _globals['_OUTCOME']._serialized_end=1141
-  _globals['_GETSTATUSREQUEST']._serialized_start=1143
-  _globals['_GETSTATUSREQUEST']._serialized_end=1161
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1164
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1308
-  _globals['_UNLOCK']._serialized_start=1472
-  _globals['_UNLOCK']._serialized_end=1634
+  _globals['_HELLO']._serialized_end=356
+  _globals['_QUESTION']._serialized_start=358
+  _globals['_QUESTION']._serialized_end=458
+  _globals['_CHALLENGE']._serialized_start=461
+  _globals['_CHALLENGE']._serialized_end=786
+  _globals['_EVIDENCE']._serialized_start=788
+  _globals['_EVIDENCE']._serialized_end=853
+  _globals['_TLSPIN']._serialized_start=855
+  _globals['_TLSPIN']._serialized_end=884
+  _globals['_ANSWER']._serialized_start=886
+  _globals['_ANSWER']._serialized_end=989
+  _globals['_SHARE']._serialized_start=991
+  _globals['_SHARE']._serialized_end=1027
+  _globals['_RESULT']._serialized_start=1030
+  _globals['_RESULT']._serialized_end=1241
+  _globals['_OUTCOME']._serialized_start=1243
+  _globals['_OUTCOME']._serialized_end=1286
+  _globals['_GETSTATUSREQUEST']._serialized_start=1288
+  _globals['_GETSTATUSREQUEST']._serialized_end=1306
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1309
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1453
+  _globals['_UNLOCK']._serialized_start=1692
+  _globals['_UNLOCK']._serialized_end=1854
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Purpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PURPOSE_UNSPECIFIED: _ClassVar[Purpose]
+    PURPOSE_UNLOCK: _ClassVar[Purpose]
+    PURPOSE_DRILL: _ClassVar[Purpose]
+
 class Curve(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CURVE_UNSPECIFIED: _ClassVar[Curve]
@@ -20,6 +26,9 @@ class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATE_UNINITIALISED: _ClassVar[State]
     STATE_LOCKED: _ClassVar[State]
     STATE_UNLOCKED: _ClassVar[State]
+PURPOSE_UNSPECIFIED: Purpose
+PURPOSE_UNLOCK: Purpose
+PURPOSE_DRILL: Purpose
 CURVE_UNSPECIFIED: Curve
 CURVE_P256: Curve
 CURVE_X25519: Curve
@@ -45,24 +54,28 @@ class SessionResponse(_message.Message):
     def __init__(self, challenge: _Optional[_Union[Challenge, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "nonce", "tags")
+    __slots__ = ("version", "nonce", "tags", "purpose")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
     version: int
     nonce: bytes
     tags: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, version: _Optional[int] = ..., nonce: _Optional[bytes] = ..., tags: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    purpose: Purpose
+    def __init__(self, version: _Optional[int] = ..., nonce: _Optional[bytes] = ..., tags: _Optional[_Iterable[bytes]] = ..., purpose: _Optional[_Union[Purpose, str]] = ...) -> None: ...
 
 class Question(_message.Message):
-    __slots__ = ("tag", "curve", "point")
+    __slots__ = ("tag", "curve", "point", "kdf")
     TAG_FIELD_NUMBER: _ClassVar[int]
     CURVE_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
+    KDF_FIELD_NUMBER: _ClassVar[int]
     tag: bytes
     curve: Curve
     point: bytes
-    def __init__(self, tag: _Optional[bytes] = ..., curve: _Optional[_Union[Curve, str]] = ..., point: _Optional[bytes] = ...) -> None: ...
+    kdf: str
+    def __init__(self, tag: _Optional[bytes] = ..., curve: _Optional[_Union[Curve, str]] = ..., point: _Optional[bytes] = ..., kdf: _Optional[str] = ...) -> None: ...
 
 class Challenge(_message.Message):
     __slots__ = ("session", "questions", "lock_reason", "boot_id", "host_name", "uptime", "generation", "backup_time", "shares_present", "shares_needed", "deadline", "evidence")
@@ -125,16 +138,22 @@ class Share(_message.Message):
     def __init__(self, question: _Optional[int] = ..., x: _Optional[bytes] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("state", "shares_present", "shares_needed", "outcomes")
+    __slots__ = ("state", "shares_present", "shares_needed", "outcomes", "answered", "missing", "seconds_left")
     STATE_FIELD_NUMBER: _ClassVar[int]
     SHARES_PRESENT_FIELD_NUMBER: _ClassVar[int]
     SHARES_NEEDED_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
     state: State
     shares_present: int
     shares_needed: int
     outcomes: _containers.RepeatedCompositeFieldContainer[Outcome]
-    def __init__(self, state: _Optional[_Union[State, str]] = ..., shares_present: _Optional[int] = ..., shares_needed: _Optional[int] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
+    answered: _containers.RepeatedScalarFieldContainer[str]
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    seconds_left: int
+    def __init__(self, state: _Optional[_Union[State, str]] = ..., shares_present: _Optional[int] = ..., shares_needed: _Optional[int] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., answered: _Optional[_Iterable[str]] = ..., missing: _Optional[_Iterable[str]] = ..., seconds_left: _Optional[int] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("question", "result")

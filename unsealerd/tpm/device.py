@@ -100,9 +100,11 @@ class Tpm:
             self._anchors = self._run(lambda esys: _find(esys, pin))
             self._pin = pin
 
-    def facts(self) -> TpmFacts:
+    def facts(self, pcrs: Sequence[int] = ()) -> TpmFacts:
+        """`pcrs`: those whose values are wanted. Raises `BadRequest`."""
         handle = None if self._pin is None else self._pin.parent_handle
-        return self._run(lambda esys: facts.read(esys, handle))
+        chosen = _checked(pcrs) if pcrs else ()
+        return self._run(lambda esys: facts.read(esys, handle, chosen))
 
     def pcrs(self, indices: Sequence[int]) -> dict[int, bytes]:
         """Values of the SHA-256 bank, as the TPM says without an HMAC. Raises `BadRequest`."""

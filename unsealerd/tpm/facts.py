@@ -1,6 +1,7 @@
 """What the TPM says about itself. Read without a session: for people, nothing is decided on it."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unsealerd.tpm import commands, parent
@@ -22,7 +23,10 @@ class ParentKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TpmFacts:
-    """`clock` in milliseconds; `lockout_counter` counts failed authorisations, and power cuts with DA objects loaded."""
+    """`clock` in milliseconds; `lockout_counter` counts failed authorisations, and power cuts with DA objects loaded.
+
+    `pcr_values`: of the SHA-256 bank, hex by the decimal number of the PCR.
+    """
 
     manufacturer: str
     firmware: str
@@ -32,9 +36,10 @@ class TpmFacts:
     lockout_counter: int
     in_lockout: bool
     parent: ParentKind
+    pcr_values: dict[str, str]
 
 
-def read(esys: Esys, parent_handle: int | None) -> TpmFacts:
+def read(esys: Esys, parent_handle: int | None, pcrs: Sequence[int]) -> TpmFacts:
     """The facts. `parent_handle` is the pinned one; None where nothing is pinned yet: what would be chosen."""
     fixed = commands.properties(esys, _MANUFACTURER, _FIRMWARE_2 - _MANUFACTURER + 1)
     variable = commands.properties(esys, _PERMANENT, _LOCKOUT_COUNTER - _PERMANENT + 1)
@@ -51,6 +56,7 @@ def read(esys: Esys, parent_handle: int | None) -> TpmFacts:
         lockout_counter=variable.get(_LOCKOUT_COUNTER, 0),
         in_lockout=bool(variable.get(_PERMANENT, 0) & _IN_LOCKOUT),
         parent=ParentKind.TEMPLATE if parent_handle == parent.FROM_TEMPLATE else ParentKind.PERSISTENT,
+        pcr_values={str(pcr): value.hex() for pcr, value in commands.read_pcrs(esys, None, pcrs).items()},
     )
 
 

@@ -4,7 +4,7 @@ Written from the C2SP specification (https://c2sp.org/age), readable on its own.
 """
 
 from unsealerd.core.age.armor import dearmor, is_armored
-from unsealerd.core.age.file import decrypt, decrypt_payload, encrypt
+from unsealerd.core.age.file import decrypt, decrypt_payload, encrypt, encrypt_under
 from unsealerd.core.age.header import Header, Stanza, parse_header, verify_mac
 from unsealerd.core.age.p256tag import P256Identity, P256TagRecipient
 from unsealerd.core.age.primitives import FILE_KEY_SIZE
@@ -27,6 +27,7 @@ __all__ = [
     "decrypt",
     "decrypt_payload",
     "encrypt",
+    "encrypt_under",
     "is_armored",
     "parse_header",
     "parse_recipient",

@@ -20,7 +20,14 @@ def encrypt(plaintext: memoryview, file_key: SecretBuffer, recipients: Sequence[
     """The binary file. The file key is 16 random bytes that are used for no other file."""
     if not 0 < len(recipients) <= MAX_STANZAS:
         raise ValueError(f"a file is for 1 to {MAX_STANZAS} recipients")
-    header = write_header([recipient.wrap(file_key) for recipient in recipients], file_key)
+    return encrypt_under([recipient.wrap(file_key) for recipient in recipients], plaintext, file_key)
+
+
+def encrypt_under(stanzas: Sequence[Stanza], plaintext: memoryview, file_key: SecretBuffer) -> bytes:
+    """The same with these stanzas, for who wraps the file key in a way of their own. The MAC covers them all."""
+    if not 0 < len(stanzas) <= MAX_STANZAS:
+        raise ValueError(f"a header has 1 to {MAX_STANZAS} stanzas")
+    header = write_header(stanzas, file_key)
     out = bytearray(header.encode())
     encrypt_stream(plaintext, file_key, out)
     return bytes(out)
