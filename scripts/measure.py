@@ -170,7 +170,7 @@ def starting(stack: ExitStack) -> Iterator[Figure]:
     yield rss("memory of the daemon, unsealed, idle", "<= 40 MB", server.pid)
     bare = (sys.executable, "-I", "-c", "pass")
     found = compare(9, starts.restart, lambda: timed(lambda: run(*bare)))
-    server.assert_locked("unexpected_reboot")
+    server.assert_locked("daemon_stopped")
     yield figure("exec to ready, locked", "bare interpreter", "<= 6", *found)
 
 

@@ -16,6 +16,7 @@ from typing import IO, NoReturn
 
 from unsealerd.cli.edge import Exit
 
+ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
 PATIENCE = 30  # seconds for anything to happen
 MESSAGE = b"user=4711; expires=2027-01-01"
@@ -65,7 +66,7 @@ class Story:
     ) -> subprocess.CompletedProcess[bytes]:
         """One of our programs or of the distribution's; shown as it would be typed."""
         if show:
-            shown = " ".join(part.replace(str(self.base) + "/", "") for part in command)
+            shown = " ".join(command).replace(f"{self.base}/", "").replace(f"{ROOT}/", "")
             print(_style("36", f"   $ {shown}"))
         path = PROGRAMS / command[0]
         program = str(path) if path.exists() else command[0]
@@ -155,7 +156,7 @@ class Story:
 
 
 def play(story: Story) -> None:
-    port = _free_port()
+    port = free_port()
     (story.base / "tpmstate").mkdir()
     story.hosts.parent.mkdir()
 
@@ -201,7 +202,7 @@ def play(story: Story) -> None:
     status = story.status()
     story.check(status["state"] == "unlocked" and status["keys"] == ["demo"], "unlocked, with the key `demo`")
     print(f"   secret memory here: {status['secret_memory']}")
-    gateway = _gateway(story, port)
+    reachable = gateway(story, port)
 
     story.begin(
         "A service signs and verifies",
@@ -224,7 +225,7 @@ def play(story: Story) -> None:
     )
     story.ctl("seal", "--kind", "reboot")
     story.check((story.state / "sealed.json").exists(), "a sealed copy lies on the disk")
-    story.end(gateway)
+    story.end(reachable)
     story.end(daemon)
     stolen = story.base / "stolen-disk"
     shutil.copytree(story.state, stolen)
@@ -235,7 +236,7 @@ def play(story: Story) -> None:
     story.check(story.status()["state"] == "unlocked", "unlocked, and nobody did anything")
     story.check(story.ctl("get", "demo", show=False).stdout == key, "it is the same key")
     story.check(not (story.state / "sealed.json").exists(), "the sealed copy is gone from the disk")
-    proof = _last_event(story, "unsealed")
+    proof = last_event(story, "unsealed")
     story.check(
         proof.get("destroyed") == "sealed_copy_used",
         "and the TPM, asked once more, refused to give it again",
@@ -285,7 +286,7 @@ def play(story: Story) -> None:
     story.end(tpm, signal.SIGKILL)
     tpm = story.power_on()
     daemon = story.daemon()
-    gateway = _gateway(story, port)
+    reachable = gateway(story, port)
     status = story.status()
     story.check(
         status["state"] == "locked" and status["lock_reason"] == "unexpected_reboot",
@@ -341,12 +342,12 @@ def play(story: Story) -> None:
     )
     story.ctl("audit", show=False)
     story.check(True, "the audit log's chain verifies")
-    story.end(gateway)
+    story.end(reachable)
     story.end(daemon)
     story.end(tpm)
 
 
-def _gateway(story: Story, port: int) -> subprocess.Popen[bytes]:
+def gateway(story: Story, port: int) -> subprocess.Popen[bytes]:
     process = story.start("gateway", "unsealerd-gateway", "--config", str(story.config))
 
     def listening() -> bool:
@@ -365,39 +366,42 @@ def _unlock_locally_if_needed(story: Story, identity: str) -> None:
         story.ctl("unlock", "--local", "-i", identity)
 
 
-def _last_event(story: Story, event: str) -> dict[str, object]:
+def last_event(story: Story, event: str) -> dict[str, object]:
     records = [json.loads(line) for line in (story.state / "audit.jsonl").read_text().splitlines()]
     return next((record for record in reversed(records) if record["event"] == event), {})
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def main() -> int:
+def perform(introduction: str, story: Callable[[Story], None]) -> int:
+    """Tell the story in a directory of its own, which is removed at the end, whatever happens."""
     started = time.monotonic()
-    print(
-        textwrap.fill(
-            "unsealerd keeps HMAC keys in memory only, and still survives reboots. This demo plays its whole life here, with the real "
-            "programs, in a temporary directory that is removed at the end. The TPM is a software one, even where the machine has "
-            "its own: a real one is reset only by a reboot.",
-            100,
-        )
-    )
+    print(textwrap.fill(introduction, 100))
     base = Path(tempfile.mkdtemp(prefix="unsealerd-"))
-    story = Story(base)
+    stage = Story(base)
     try:
-        play(story)
+        story(stage)
     finally:
-        for process in story.running:
+        for process in stage.running:
             process.kill()
             process.wait()
         shutil.rmtree(base, ignore_errors=True)
     print(f"\n{_style('1;32', 'Every step held.')} {time.monotonic() - started:.1f} s")
     return 0
+
+
+def main() -> int:
+    return perform(
+        "unsealerd keeps HMAC keys in memory only, and still survives reboots. This demo plays its whole life here, with the real "
+        "programs, in a temporary directory that is removed at the end. The TPM is a software one, even where the machine has "
+        "its own: a real one is reset only by a reboot.",
+        play,
+    )
 
 
 if __name__ == "__main__":

@@ -267,7 +267,10 @@ def test_unlock_at_the_console(ctl: Ctl, host: Host, identity: Path) -> None:
     assert answer["reason"] == "power cut"
     assert answer["accept_rollback"] is True
     found = ctl("unlock", "--local", "-i", str(identity), "--json").json
-    assert list(found) == ["state", "shares_present", "shares_needed", "accepted", "refused", "words"]
+    assert list(found) == [
+        *("state", "shares_present", "shares_needed", "accepted", "refused", "words"),
+        *("operators_answered", "operators_missing", "seconds_left"),
+    ]
     assert found["state"] == "unlocked"
     assert found["accepted"] == [host.recipient]
     assert host.answers[1]["accept_rollback"] is False

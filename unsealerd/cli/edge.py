@@ -34,6 +34,7 @@ class Exit(enum.IntEnum):
     CONFIGURATION = 17
     CARD = 18
     PIN = 19
+    UNFIT = 20
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -79,7 +80,9 @@ ANSWERS: dict[str, Answer] = {
     "BadPoint": Answer(
         Exit.PEER, "do not answer this host until you know why; it asks for what no honest host asks"
     ),
-    "BadAnswer": Answer(Exit.PEER, "is this the identity that the host's backup was made for?"),
+    "BadAnswer": Answer(
+        Exit.PEER, "is this the identity, or the passphrase, that the host's backup was made for?"
+    ),
     "NotAnOperator": Answer(
         Exit.PEER,
         "give -i with the identity whose recipient is under [[operator]] in the host's configuration",
@@ -157,7 +160,9 @@ ANSWERS: dict[str, Answer] = {
     "PinCancelled": Answer(Exit.PIN, "run the command again, and enter the PIN"),
     "ConfigInvalid": Answer(Exit.CONFIGURATION, "correct the file, or name another: --config FILE"),
     "NotInstalled": Answer(
-        Exit.CONFIGURATION, "pip install 'unsealerd[operator]', or your distribution's package"
+        Exit.CONFIGURATION,
+        "pip install 'unsealerd[operator]', for cards 'unsealerd[piv]', for tokens 'unsealerd[pkcs11]'; or your"
+        " distribution's package",
     ),
 }
 

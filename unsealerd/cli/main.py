@@ -26,13 +26,28 @@ COMMANDS = {
     "get": Lazy(f"{_CLI}.get:get", "Read the bytes of a key."),
     "sign": Lazy(f"{_CLI}.mac:sign", "Compute the MAC of a message on stdin."),
     "verify": Lazy(f"{_CLI}.mac:verify", "Check the MAC of a message on stdin."),
+    "wait": Lazy(f"{_CLI}.wait:wait", "Wait until the host is unlocked."),
     "seal": Lazy(f"{_CLI}.seal:seal", "Seal to the TPM for the next boot."),
     "arm": Lazy(f"{_CLI}.seal:arm", "Seal for a reboot within a time."),
     "disarm": Lazy(f"{_CLI}.seal:disarm", "Destroy the sealed copy."),
     "lock": Lazy(f"{_CLI}.lock:lock", "Wipe the keys from memory, and destroy a sealed copy."),
     "unlock": Lazy(f"{_CLI}.unlock:unlock", "Open a host's backup with an operator's identity."),
+    "drill": Lazy(
+        f"{_CLI}.drill:drill",
+        "Prove that an identity still opens a host's current backup, and change nothing.",
+    ),
+    "operator": Lazy(
+        f"{_CLI}.operator:operator",
+        "Read an operator's public key for the configuration, and list the operators of this host.",
+    ),
+    "reload": Lazy(
+        f"{_CLI}.reload:reload",
+        "Read the configuration again, and write the backup for the operators that it names now.",
+    ),
     "host": Lazy(f"{_CLI}.host:host", "Add, list and remove the hosts that this operator unlocks."),
     "backup": Lazy(f"{_CLI}.backup:backup", "Verify and export the backup."),
+    "doctor": Lazy(f"{_CLI}.doctor:doctor", "Check this server before it is relied on."),
+    "metrics": Lazy(f"{_CLI}.metrics:metrics", "Print the state of this host as Prometheus metrics."),
     "audit": Lazy(f"{_CLI}.audit:audit", "Show the audit log, and check its chain."),
 }
 

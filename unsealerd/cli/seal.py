@@ -14,12 +14,22 @@ _ADMIN = "io.unsealerd.Admin"
 
 @click.command(cls=Command)
 @click.option("--kind", type=click.Choice(["reboot", "kexec"]), default="reboot", show_default=True)
+@click.option(
+    "--at-shutdown",
+    is_flag=True,
+    help="For the service itself, while it is stopped: seal only if the machine reboots. Always exits 0.",
+)
 @click.pass_obj
-def seal(app: App, kind: str) -> None:
+def seal(app: App, kind: str, at_shutdown: bool) -> None:
     """Seal to the TPM for the next boot.
 
     The service does this by itself when the machine is asked to reboot. kexec: the TPM will not be reset.
     """
+    if at_shutdown:
+        from unsealerd.cli import shutdown
+
+        shutdown.at_shutdown(app)
+        return
     with app.admin() as admin:
         answer = admin.call(f"{_ADMIN}.Seal", {"kind": kind})
     _print_seal(app, required(answer, "seal", dict), f"sealed for the next boot ({kind})")

@@ -1,5 +1,6 @@
 """``unsealctl status``: the state of this host in words, and what to do next."""
 
+import time
 from collections.abc import Callable, Mapping
 
 import click
@@ -8,6 +9,7 @@ from unsealerd.cli.app import App
 from unsealerd.cli.command import Command
 from unsealerd.cli.fields import objects, optional, required, texts
 from unsealerd.cli.output import print_json, print_table
+from unsealerd.cli.times import since, span
 from unsealerd.cli.values import rows, worded
 
 _UNLOCK = "an operator unlocks with `unsealctl unlock HOST -i IDENTITY`"
@@ -59,6 +61,14 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "lease_expired": ("the reboot came after the time that the host was armed for", _UNLOCK),
     "locked_by_admin": ("`unsealctl lock` was run", _UNLOCK),
+    "daemon_stopped": (
+        "the service was stopped and started again; nothing is sealed then, and nothing stays in memory",
+        f"{_UNLOCK}; `systemctl restart unsealerd` would have kept the keys",
+    ),
+    "memory_refused": (
+        "the memory that the daemon before this one left does not belong to the backup on disk",
+        f"find out who put another backup, or another descriptor, there; then {_UNLOCK}",
+    ),
 }
 """For each reason why a host is locked: what happened, and what to do."""
 
@@ -150,8 +160,33 @@ def _sessions(facts: Mapping[str, object]) -> list[str]:
 
 
 def _shares(facts: Mapping[str, object]) -> list[str]:
+    """Who answered, who can still, and for how long; never a share."""
     shares = required(facts, "shares", dict)
-    return [f"{shares.get('present')} of {shares.get('needed')}"]
+    lines = [f"{shares.get('present')} of {shares.get('needed')}"]
+    answered, missing, require = (
+        texts(shares, name) if name in shares else [] for name in ("answered", "missing", "require")
+    )
+    if answered:
+        lines[0] += f", from {', '.join(answered)}"
+    left = optional(shares, "seconds_left", int)
+    if left is not None:
+        lines[0] += f"; they count for {span(left)} more"
+    if shares.get("present") != shares.get("needed") and missing:
+        lines.append(f"can still answer: {', '.join(missing)}")
+    if require:
+        lines.append(f"must be among them: {', '.join(require)}")
+    return lines
+
+
+def _operators(facts: Mapping[str, object]) -> list[str]:
+    return [
+        f"{required(item, 'name', str)}: {_proven(optional(item, 'proven', int))}"
+        for item in objects(facts, "operators")
+    ] or ["none"]
+
+
+def _proven(unix: int | None) -> str:
+    return "never proven: unsealctl drill" if unix is None else f"proven {since(unix, time.time())}"
 
 
 _SHOWN_KEYS = 10
@@ -163,5 +198,6 @@ _WORDED: dict[str, Callable[[Mapping[str, object]], list[str]]] = {
     "seal": _seal,
     "sessions": _sessions,
     "shares": _shares,
+    "operators": _operators,
     "warnings": lambda facts: texts(facts, "warnings"),
 }

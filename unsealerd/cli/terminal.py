@@ -13,6 +13,15 @@ def attended() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
+def present() -> bool:
+    """Whether there is a terminal to ask on, whatever stdin is."""
+    try:
+        with open("/dev/tty", "rb"):
+            return True
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def _terminal(purpose: str) -> Iterator[tuple[TextIO, TextIO]]:
     with contextlib.ExitStack() as stack:
@@ -50,3 +59,10 @@ def ask_secret(question: str) -> str:
             return getpass.getpass(question, stream=writer)
         except EOFError as err:
             raise BadRequest("no passphrase was given") from err
+
+
+def tell(text: str) -> None:
+    """Show what belongs on the terminal and nowhere else. Raises `BadRequest` without one."""
+    with _terminal("a passphrase is to be shown") as (_, writer):
+        writer.write(text)
+        writer.flush()
