@@ -346,6 +346,19 @@ def test_a_huge_one_and_two_of_one_name(plain: Server) -> None:
     assert images(plain) == []
 
 
+@pytest.mark.promise(10)
+def test_two_of_one_name_are_wiped() -> None:
+    """Whoever else holds them finds nothing."""
+    name = f"memory-{hashlib.sha256(BACKUP).hexdigest()}"
+    fds = [_forge(_image()), _forge(_image())]
+    kept = KeptMemory(FdStore(), [Received(name, os.dup(fd)) for fd in fds], lambda: BACKUP, lambda: BOOT_ID)
+    for fd in fds:
+        assert content(fd).strip(b"\0") == b""
+        os.close(fd)
+    with pytest.raises(SealRefused, match="one name"):
+        kept.restore()
+
+
 def test_the_right_one_is_found_among_others(plain: Server) -> None:
     key = plain.key()
     plain.stop(signal.SIGKILL)

@@ -57,7 +57,7 @@ def told(machine: Machine, event: str) -> list[str]:
     """The environment of the administrator's command, as it was run for the event."""
     return [
         line
-        for line in machine.journal(f"unsealerd-notify@{event}.service").splitlines()
+        for line in machine.journal(f"unsealerd-notify@{event}-*.service").splitlines()
         if line.startswith("UNSEALERD_")
     ]
 
@@ -76,14 +76,39 @@ def test_a_locked_host_is_told_of_everywhere(machine: Machine) -> None:
     wait_for(lambda: metric(machine, "unsealerd_locked") == 1, "the metrics")
     # The command had no rights, and what it was handed is for root.
     assert not any("CREDENTIALS" in line for line in told(machine, "locked"))
-    assert machine.text("stat", "-c", "%U %a", "/run/unsealerd-watch/event-locked.json") == "root 600"
-    assert machine.show("unsealerd-notify@locked.service", "Result") == "success"
+    assert machine.text("stat", "-c", "%U %a", "/run/unsealerd-watch/event-locked-1.json") == "root 600"
+    assert machine.show("unsealerd-notify@locked-1.service", "Result") == "success"
 
     machine.unlock()
     wait_for(lambda: bool(told(machine, "unlocked")), "the command")
     assert not machine.exists("/run/issue.d/unsealerd.issue")
     assert not machine.exists("/run/motd.d/unsealerd")
     wait_for(lambda: metric(machine, "unsealerd_locked") == 0, "the metrics")
+
+
+def test_one_that_is_slow_to_be_told_swallows_no_other(machine: Machine) -> None:
+    """Each lock and unlock is told, while the first are still being told, and however many there are."""
+    before = len([line for line in told(machine, "locked") if line.startswith("UNSEALERD_EVENT=")])
+    slow = '["/bin/sh", "-c", "env; sleep 15"]'
+    tables = machine.tables
+    assert '["/usr/bin/env"]' in tables
+    machine.tables = tables.replace('["/usr/bin/env"]', slow)
+    machine.configure()
+    try:
+        for _ in range(6):
+            machine.ctl("lock")
+            wait_for(
+                lambda: machine.show("unsealerd-watch.service", "StatusText") == "locked: locked_by_admin",
+                "the watcher",
+            )
+            machine.unlock()
+            wait_for(
+                lambda: machine.show("unsealerd-watch.service", "StatusText") == "unlocked", "the watcher"
+            )
+        wait_for(lambda: told(machine, "locked").count("UNSEALERD_EVENT=locked") == before + 6, "all of them")
+    finally:
+        machine.tables = tables
+        machine.configure()
 
 
 def test_a_rotation_reaches_the_units_that_run(machine: Machine) -> None:

@@ -246,6 +246,36 @@ def test_a_daemon_that_is_gone(stage: Stage) -> None:
     assert "ended already" in stage.stop(STOP)
 
 
+@pytest.mark.parametrize("main_pid", [None, "dead"])
+def test_a_daemon_that_has_ended_by_itself_is_not_waited_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, main_pid: str | None
+) -> None:
+    """The service manager still holds its sockets open: whoever connects would wait."""
+    stage.server.kill()
+    stage.server.ended()
+    path = stage.server.run_dir / "admin"
+    path.unlink(missing_ok=True)
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    if main_pid is not None:
+        monkeypatch.setenv("MAINPID", str(stage.server.pid))
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(os.fspath(path))
+        held.listen()
+        begun = time.monotonic()
+        _told(stage, stage.stop(REBOOT), "nothing was sealed: the daemon has ended")
+        assert "ended already" in stage.stop(STOP)
+        assert time.monotonic() - begun < shutdown.PATIENCE / 2
+        held.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            held.accept()
+
+
+def test_a_daemon_that_lives_is_asked(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_RESULT", "success")
+    monkeypatch.setenv("MAINPID", str(stage.server.pid))
+    assert "sealed for the next boot (reboot)" in stage.stop(REBOOT)
+
+
 def test_a_daemon_that_hangs_does_not_hold_up_the_shutdown(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,9 +296,17 @@ def test_a_daemon_that_hangs_does_not_hold_up_the_shutdown(
 
 @pytest.mark.parametrize("code", ["exit 1", "kill -9 $$", "sleep 60"])
 def test_a_job_queue_that_cannot_be_read(stage: Stage, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Nobody knows that it is a planned reboot, so it is taken for a stop: no sealed copy is left, and none that works."""
     monkeypatch.setattr(shutdown, "_QUEUE_PATIENCE", 0.5)
-    _told(stage, stage.stop(REBOOT, code), "jobs could not be read")
-    assert not (stage.server.state / "sealed.json").exists()
+    server = stage.server
+    server.ctl("arm", "--for", "1h")
+    said = stage.stop(REBOOT, code)
+    _told(stage, said, "jobs could not be read")
+    _told(stage, said, "taken for a stop")
+    assert "the sealed copy is destroyed" in said
+    assert not (server.state / "sealed.json").exists()
+    assert "disarm" in server.events()
+    assert "nothing is sealed" in stage.stop(REBOOT, code)
 
 
 def _remove(config: Path) -> None:

@@ -16,9 +16,11 @@ from rigs.watch import Watch
 from unsealerd.client.connection import Connection
 from unsealerd.config import load
 from unsealerd.errors import BadMessage, ConfigInvalid, DaemonUnreachable
+from unsealerd.watch.event import Event, Letter
 from unsealerd.watch.feed import MONITOR, Feed, Lost, Wake, heard
 from unsealerd.watch.main import EX_CONFIG, main
 from unsealerd.watch.memory import Memory, recall, remember
+from unsealerd.watch.places import MAX_LETTERS, Places
 
 WEBHOOK = "https://hooks.example/T000/secret-token"
 
@@ -60,14 +62,14 @@ def test_a_locked_host_tells_people_once(server: Server) -> None:
         assert watch.said == [f"unsealerd: {sentence}"]
         assert watch.issue.read_text() == watch.motd.read_text() == f"{sentence}\n"
         assert stat.S_IMODE(watch.issue.stat().st_mode) == 0o644
-        wait_for(lambda: watch.calls == ["start unsealerd-notify@locked.service"], "the notification")
+        wait_for(lambda: watch.calls == ["start unsealerd-notify@locked-1.service"], "the notification")
 
         server.unlock()
         watch.hears("unlocked")
         assert watch.said[1:] == [f"unsealerd: {host}: keys are unlocked"]
         assert not watch.issue.exists()
         assert not watch.motd.exists()
-        assert watch.calls[1:] == ["start unsealerd-notify@unlocked.service"]
+        assert watch.calls[1:] == ["start unsealerd-notify@unlocked-2.service"]
 
 
 def test_a_host_that_is_locked_after_boot_is_told_once_not_at_each_start_of_the_watcher(
@@ -79,7 +81,7 @@ def test_a_host_that_is_locked_after_boot_is_told_once_not_at_each_start_of_the_
             watch.hears("state", start)
             assert "(unexpected_reboot)" in watch.issue.read_text()
             assert len(watch.said) == 1
-            assert watch.calls == ["start unsealerd-notify@locked.service"]
+            assert watch.calls == ["start unsealerd-notify@locked-1.service"]
             watch.issue.unlink()  # as a clean-up of /run would: it is shown again
             assert watch.stop() == 0
             watch.start()
@@ -144,7 +146,7 @@ def test_a_rotation_that_nobody_heard_is_acted_upon_later(server: Server) -> Non
         watch.start().hears("state", 3)
         server.ctl("lock")
         wait_for(lambda: len(watch.calls) == 2, "the lock")
-        assert watch.calls[1] == "start unsealerd-notify@locked.service"
+        assert watch.calls[1] == "start unsealerd-notify@locked-1.service"
 
 
 def test_a_unit_of_many_keys_is_reloaded_once(server: Server) -> None:
@@ -160,7 +162,7 @@ def test_a_unit_of_many_keys_is_reloaded_once(server: Server) -> None:
         server.ctl("lock")
         watch.hears("locked")
         assert sorted(watch.calls[:2]) == [f"{reload} both.service", f"{reload} web.service"]
-        assert watch.calls[2:] == ["start unsealerd-notify@locked.service"]
+        assert watch.calls[2:] == ["start unsealerd-notify@locked-1.service"]
 
 
 def test_a_unit_that_cannot_be_reloaded_stops_nothing(server: Server) -> None:
@@ -206,10 +208,43 @@ def test_what_the_notification_is_handed_is_for_root_alone(server: Server) -> No
             "command": [],
             "webhook": WEBHOOK,
         }
-        assert stat.S_IMODE((watch.memory / "event-locked.json").stat().st_mode) == 0o600
+        assert stat.S_IMODE((watch.memory / "event-locked-1.json").stat().st_mode) == 0o600
         assert stat.S_IMODE(watch.memory.stat().st_mode) == 0o700
         assert "secret-token" not in watch.log_text()
         assert "secret-token" not in "".join(watch.calls + watch.said)
+
+
+def test_one_that_is_still_being_told_does_not_swallow_the_next(server: Server) -> None:
+    """A start of an instance that runs is no start: the same event again has another instance, and a letter of its own."""
+    with Watch(server.config, server.base) as watch:
+        watch.hears("state")
+        for time in (1, 2):
+            server.ctl("lock")
+            watch.hears("locked", time)
+            server.unlock()
+            watch.hears("unlocked", time)
+        watch.stop()
+        watch.start().hears("state", 2)
+        server.ctl("lock")
+        watch.hears("locked", 3)
+        names = ["locked-1", "unlocked-2", "locked-3", "unlocked-4", "locked-5"]
+        wait_for(lambda: len(watch.calls) == len(names), "the notifications")
+        assert watch.calls == [f"start unsealerd-notify@{name}.service" for name in names]
+        assert {path.name for path in watch.memory.glob("event-*")} == {
+            f"event-{name}.json" for name in names
+        }
+
+
+def test_old_letters_are_removed(tmp_path: Path) -> None:
+    places = Places(memory=tmp_path / "memory")
+    event = Event("locked", "web1", None, 1, "")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "state.json").touch()
+    for number in range(1, MAX_LETTERS + 4):
+        assert places.hand_over(Letter(event, ("a",), None)) == f"locked-{number}"
+    left = {path.name for path in places.memory.iterdir()}
+    wanted = {f"event-locked-{number}.json" for number in range(4, MAX_LETTERS + 4)}
+    assert left == {"state.json", *wanted}
 
 
 def test_nobody_is_told_where_nobody_is_named(server: Server) -> None:

@@ -210,14 +210,15 @@ def test_without_its_credential_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "event").write_bytes(b"\xff" + SECRET.encode())
     done = run(tmp_path, None)
     assert (done.returncode, done.stderr) == (1, "error=BadMessage detail=the event is not JSON\n")
-    done = run(tmp_path, Letter(EVENT, (), None), "unlocked")
+    done = run(tmp_path, Letter(EVENT, (), None), "unlocked-3")
     assert (done.returncode, done.stderr) == (
         1,
         "error=BadMessage detail=the event is locked, not unlocked\n",
     )
-    done = run(tmp_path, None, "other")
-    assert done.returncode == notify.EX_USAGE
-    assert done.stderr.startswith("usage: ")
+    for name in ("other", "locked-", "locked-x", "locked-1-2", "relocked-1", "locked-1.service"):
+        done = run(tmp_path, None, name)
+        assert done.returncode == notify.EX_USAGE
+        assert done.stderr.startswith("usage: ")
 
 
 @given(
@@ -264,8 +265,8 @@ def test_from_the_lock_of_a_host_to_the_webhook(webhook: Webhook) -> None:
             credentials = server.base / "credentials"
             credentials.mkdir()
             watch.systemctl(
-                extra=f'cp "{watch.memory}/event-locked.json" "{credentials}/event" && '
-                f'CREDENTIALS_DIRECTORY="{credentials}" "{sys.executable}" -m unsealerd.watch.notify locked'
+                extra=f'cp "{watch.memory}/event-locked-1.json" "{credentials}/event" && '
+                f'CREDENTIALS_DIRECTORY="{credentials}" "{sys.executable}" -m unsealerd.watch.notify locked-1'
             )
             watch.hears("state")
             server.ctl("lock")

@@ -57,7 +57,9 @@ class Watch:
         return self.console.read_text().splitlines()
 
     def letter(self, event: str) -> dict[str, Any]:
-        found = json.loads((self.memory / f"event-{event}.json").read_text())
+        """The one of that event; there must be no more."""
+        [path] = self.memory.glob(f"event-{event}-*.json")
+        found = json.loads(path.read_text())
         assert isinstance(found, dict)
         return found
 

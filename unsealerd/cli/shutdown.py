@@ -7,6 +7,7 @@ Why it stops is read from the service manager's own job queue; logind and dbus n
     kexec.target or soft-reboot.target start                seal for kexec, likewise: the TPM will not be reset
     the service's own restart                               nothing: the keyring's memory stays
     anything else (poweroff, halt, a plain stop)            a sealed copy, if there is one, is destroyed
+    a queue that cannot be read                             likewise: nobody knows that it is a planned reboot
 
 Whatever fails is told, and stops no shutdown: it takes a bounded time, and the exit code is 0.
 """
@@ -15,6 +16,7 @@ import contextlib
 import enum
 import os
 import subprocess
+from pathlib import Path
 from typing import assert_never
 
 from unsealerd.cli.app import App
@@ -65,8 +67,11 @@ def at_shutdown(app: App) -> None:
     try:
         reason = why(_jobs())
     except (OSError, subprocess.SubprocessError) as err:
-        _tell(f"nothing was sealed: the service manager's jobs could not be read: {type(err).__name__}")
-        return
+        reason = Shutdown.STOP
+        _tell(
+            f"the service manager's jobs could not be read ({type(err).__name__}), so this is taken for a stop: "
+            "nothing is sealed, and a sealed copy is destroyed"
+        )
     try:
         match reason:
             case Shutdown.REBOOT:
@@ -110,7 +115,7 @@ def _destroy(app: App, deadline: Deadline) -> None:
     except NotArmed:
         note("nothing is sealed: the next start will need an operator")
     except DaemonUnreachable as err:
-        if not isinstance(err.__cause__, FileNotFoundError | ConnectionRefusedError):
+        if not isinstance(err.__cause__, FileNotFoundError | ConnectionRefusedError | ProcessLookupError):
             raise
         note("the daemon has ended already")
     else:
@@ -118,7 +123,21 @@ def _destroy(app: App, deadline: Deadline) -> None:
 
 
 def _admin(app: App, deadline: Deadline) -> Connection:
+    """Raises `DaemonUnreachable`: at once when there is no daemon, although the service manager holds its sockets open."""
+    if _has_ended():
+        raise DaemonUnreachable("the daemon has ended") from ProcessLookupError()
     return Connection(app.config().daemon.runtime_dir / "admin", timeout=deadline.left())
+
+
+def _has_ended() -> bool:
+    """Whether the service manager says that there is no main process. By hand nobody says so.
+
+    It sets SERVICE_RESULT for every ExecStop=, and MAINPID only while it knows of one: systemd.exec(5).
+    """
+    pid = os.environ.get("MAINPID")
+    if pid is None:
+        return "SERVICE_RESULT" in os.environ
+    return not Path("/proc", pid).exists()
 
 
 def _jobs() -> str:

@@ -353,10 +353,10 @@ class Host(Standing):
                 raise NotArmed("there is no sealed copy")
             if self.keyring is None and self.state is State.LOCKED:
                 # Without the keyring the counter cannot be moved along; the next unlock does that.
-                self.audit.append(event, **facts)
+                self._note(event, **facts)  # as below
                 await self._worker.blocking(self.keeper.discard_refused)
                 return
-            self.audit.append(event, **facts)
+            self._note(event, **facts)  # an audit log that cannot be written keeps no authority alive
             await self._destroy_sealed()
 
     async def _destroy_sealed(self, patience: float | None = None) -> None:
@@ -389,7 +389,7 @@ class Host(Standing):
         async with self._worker.alone():
             if self.state is not State.LOCKED or not self.kept.found:
                 self.open_keyring()
-            self.audit.append("lock", **facts)
+            self._note("lock", **facts)  # as `_disarm`
             detail = "locked by the administrator"
             try:
                 if self.keyring is not None and (
@@ -443,7 +443,7 @@ class Host(Standing):
                 return
             plan = self.keeper.plan
             if plan is not None and plan.deadline and plan.deadline <= self.now:
-                self.audit.append("lease_expired")
+                self._note("lease_expired")  # as `_disarm`
                 await self._destroy_sealed()
             draft = Draft(self.open_keyring())
             self._amend(draft)

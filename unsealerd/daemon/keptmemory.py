@@ -17,7 +17,6 @@ Used from the thread of the changes, and from the event loop (`wipe` at a lock, 
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -85,10 +84,6 @@ class KeptMemory:
     def _take(self, received: Sequence[Received]) -> None:
         names = [entry.name for entry in received]
         for entry in received:
-            if names.count(entry.name) > 1:
-                os.close(entry.fd)
-                self._refuse(entry.name, "two descriptors of one name")
-                continue
             try:
                 image = _open(entry)
             except KeyringInvalid as err:
@@ -96,6 +91,9 @@ class KeptMemory:
                 continue
             if image is None:
                 self._store.remove(entry.name)
+            elif names.count(entry.name) > 1:
+                image.memory.close()  # wiped, as whatever else is refused
+                self._refuse(entry.name, "two descriptors of one name")
             else:
                 self._images.append(image)
 

@@ -80,7 +80,10 @@ class Standing:
                 self.watchers.tell(Event(change.event, self.state, change.key, change.version))
 
     def _note(self, event: str, **fields: object) -> None:
-        """Record an outcome. The intent was recorded durably before; that this one cannot be is logged, and undoes nothing."""
+        """Record an outcome, or that authority is given up. That it cannot be recorded is logged, and stops and undoes nothing.
+
+        The intent of an outcome was recorded durably before; giving authority up needs no permission, so not the log's either.
+        """
         try:
             self.audit.append(event, **fields)
         except AuditUnwritable as err:

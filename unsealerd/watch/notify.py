@@ -1,6 +1,7 @@
-"""``unsealerd-notify EVENT``: runs the administrator's command and calls the webhook, without rights of its own.
+"""``unsealerd-notify LETTER``: runs the administrator's command and calls the webhook, without rights of its own.
 
-Started by the watcher as ``unsealerd-notify@EVENT.service``; what to tell, and to whom, is in the credential ``event``.
+Started by the watcher as ``unsealerd-notify@LETTER.service``, where LETTER is an event and a number (``locked-7``); what to tell,
+and to whom, is in the credential ``event``.
 Exit codes: 0 all were told, 1 somebody could not be, 2 wrong usage.
 """
 
@@ -8,6 +9,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,21 +29,23 @@ WEBHOOK_SECONDS = 10  # for each step of a request
 TRIES = 3
 PAUSE_SECONDS = 2.0  # before the second try; doubled before each further one
 _MAX_ANSWER = 1 << 16  # bytes that are read of an answer, for the connection's sake
-_USAGE = "usage: unsealerd-notify locked|unlocked"
+_USAGE = "usage: unsealerd-notify locked[-NUMBER]|unlocked[-NUMBER]"
+_NAME = re.compile(r"(locked|unlocked)(?:-[0-9]+)?")
 
 _log = logging.getLogger("unsealerd-notify")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given not in (["locked"], ["unlocked"]):
+    name = _NAME.fullmatch(given[0]) if len(given) == 1 else None
+    if name is None:
         print(_USAGE, file=sys.stderr)
         return EX_USAGE
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         letter = read(os.environ.get("CREDENTIALS_DIRECTORY"))
-        if letter.event.event != given[0]:
-            raise BadMessage(f"the event is {letter.event.event}, not {given[0]}")
+        if letter.event.event != name[1]:
+            raise BadMessage(f"the event is {letter.event.event}, not {name[1]}")
     except (BadMessage, NotInitialised) as err:
         _log.error("error=%s detail=%s", err.name, err.detail)
         return EX_FAILED

@@ -3,12 +3,16 @@
 import contextlib
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from unsealerd.errors import UnsealerdError
+from unsealerd.errors import StorageFailed, UnsealerdError
 from unsealerd.watch.event import Event, Letter
 from unsealerd.watch.textfile import PRIVATE, remove, replace
+
+MAX_LETTERS = 64  # that are kept; one that was told is not told again, but its unit may still be waiting for the network
+_LETTER = re.compile(r"event-[a-z]+-([0-9]{1,18})\.json")
 
 _log = logging.getLogger("unsealerd-watch")
 
@@ -49,9 +53,27 @@ class Places:
             except UnsealerdError as err:
                 _log.warning("message=%s error=%s", path, err.detail)
 
-    def hand_over(self, letter: Letter) -> None:
-        """Write the credential of ``unsealerd-notify@EVENT.service``. Raises `AccessDenied`, `StorageFailed`."""
-        replace(self.memory / f"event-{letter.event.event}.json", letter.encode(), PRIVATE)
+    def hand_over(self, letter: Letter) -> str:
+        """Write the credential of ``unsealerd-notify@NAME.service``; returns NAME, as ``locked-7``.
+
+        The oldest letters are removed: how many wait is bounded. Raises `AccessDenied`, `StorageFailed`.
+        """
+        there = self._letters()
+        name = f"{letter.event.event}-{max(there, default=0) + 1}"
+        replace(self.memory / f"event-{name}.json", letter.encode(), PRIVATE)
+        for number in sorted(there)[: -(MAX_LETTERS - 1)]:
+            remove(there[number])
+        return name
+
+    def _letters(self) -> dict[int, Path]:
+        """By number. Raises `StorageFailed`."""
+        try:
+            found = {path: _LETTER.fullmatch(path.name) for path in self.memory.iterdir()}
+        except FileNotFoundError:
+            return {}  # it is made with the first letter
+        except OSError as err:
+            raise StorageFailed(f"{self.memory}: {err.strerror}") from err
+        return {int(match[1]): path for path, match in found.items() if match}
 
     def prepare(self) -> None:
         """The runtime directory, for root alone; systemd makes it in a unit."""

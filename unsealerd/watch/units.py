@@ -8,9 +8,12 @@ _SECONDS = 15  # with --no-block systemctl only puts a job into the queue
 _log = logging.getLogger("unsealerd-watch")
 
 
-def start_notification(event: str) -> bool:
-    """Start ``unsealerd-notify@EVENT.service``. Whether the job was taken."""
-    return _systemctl("start", f"unsealerd-notify@{event}.service")
+def start_notification(letter: str) -> bool:
+    """Start ``unsealerd-notify@LETTER.service``. Whether the job was taken.
+
+    ``letter``: as `Places.hand_over` names it. To start an instance that still runs would do nothing, so each has its own.
+    """
+    return _systemctl("start", f"unsealerd-notify@{letter}.service")
 
 
 def reload_or_restart(unit: str) -> bool:

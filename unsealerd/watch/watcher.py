@@ -104,11 +104,11 @@ class Watcher:
         if not wanted.command and wanted.webhook is None:
             return
         try:
-            self._places.hand_over(Letter(event, wanted.command, wanted.webhook))
+            letter = self._places.hand_over(Letter(event, wanted.command, wanted.webhook))
         except UnsealerdError as err:
             _log.error("notification error=%s detail=%s", err.name, err.detail)
             return
-        units.start_notification(event.event)
+        units.start_notification(letter)
 
     # --- units and metrics
 
