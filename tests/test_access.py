@@ -10,11 +10,13 @@ import pytest
 from unsealerd.config import parse
 from unsealerd.core.auditchain import GENESIS, MAX_LINE_BYTES, Record, verify_line
 from unsealerd.daemon.access import Access, caller_facts
+from unsealerd.daemon.address import site_of
 from unsealerd.daemon.audit import AUDIT_LOG, AuditLog
 from unsealerd.daemon.caller import Caller
 from unsealerd.daemon.host import Host
 from unsealerd.daemon.pace import Pace
 from unsealerd.errors import AccessDenied, AuditUnwritable
+from unsealerd.gateway.admission import _peer_key
 from unsealerd.model import Operation
 
 CONFIG = """
@@ -257,3 +259,37 @@ def test_keys_that_are_through_are_forgotten(clock: Clock) -> None:
         return len(turns._queues)
 
     assert run(story()) < 1200
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "192.0.2.1", True),
+        ("unix:", "unknown", False),
+    ],
+)
+def test_the_daemon_counts_peers_as_the_gateway_does(one: str, other: str, same: bool) -> None:
+    assert (site_of(one) == site_of(other)) is same
+    assert (_peer_key(one) == _peer_key(other)) is same
+
+
+def test_only_so_many_wait_for_one_key() -> None:
+    async def story() -> list[str]:
+        turns = Pace(1000.0, asyncio.get_running_loop().time, most_waiting=2)
+        await turns.turn("a")
+        waiting = [asyncio.ensure_future(turns.turn("a")) for _ in range(3)]
+        await asyncio.wait({waiting[2]})
+        waiting[0].cancel()
+        await asyncio.wait({waiting[0]})
+        again = asyncio.ensure_future(turns.turn("a"))  # there is room again
+        await asyncio.sleep(0)
+        found = [type(waiting[2].exception()).__name__, str(again.done())]
+        for task in (waiting[1], again):
+            task.cancel()
+        await asyncio.wait({waiting[1], again})
+        return found
+
+    assert run(story()) == ["LimitExceeded", "False"]

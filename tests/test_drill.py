@@ -1,12 +1,16 @@
 """Drills on a real daemon: an operator proves that the backup opens to them, and nothing else happens."""
 
+import base64
+import contextlib
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 from rigs.raw_operator import RawOperator
-from rigs.server import Server
+from rigs.server import Server, wait_for
 from rigs.team import Team
 
 from unsealerd.client.connection import Connection
@@ -257,12 +261,65 @@ def test_no_audit_no_drill(server: Server) -> None:
 
 def test_many_drills_from_one_place_wait_for_their_turn(server: Server) -> None:
     """Points cost time that services need: one peer gets a few of them for each second."""
-    Team(server).reload()
+    team = Team(server)
+    team.reload()
     server.ctl("init")
     started = time.monotonic()
-    for _ in range(4):
+    for number in range(4):
+        call = drill_hello(team, "alice", f"2001:db8::{number:x}")
         with Connection(server.run_dir / "unlock", timeout=60) as connection:
-            call = {"version": 1, "nonce": "AA==", "tags": [], "peer": "a", "purpose": "drill"}
-            with pytest.raises(BadMessage):
-                connection.call("io.unsealerd.Unlock.Hello", call)
+            connection.call("io.unsealerd.Unlock.Hello", call)
     assert time.monotonic() - started >= 1.4
+    before = time.monotonic()
+    for _ in range(20):  # who is nobody is told so at once, and keeps nobody waiting
+        with Connection(server.run_dir / "unlock", timeout=60) as connection:
+            with pytest.raises(BadMessage):
+                connection.call("io.unsealerd.Unlock.Hello", {**call, "nonce": "AA=="})
+            with pytest.raises(NotAnOperator):
+                connection.call("io.unsealerd.Unlock.Hello", {**call, "tags": ["AAAAAAAAAAAAAAAAAAAAAA=="]})
+    assert time.monotonic() - before < 10
+
+
+def drill_hello(team: Team, name: str, peer: str) -> dict[str, object]:
+    """As the gateway hands it on."""
+    nonce = os.urandom(32)
+    tag = recipient_tag(nonce, str(team.identities[name].recipient), Purpose.DRILL)
+    return {
+        "version": 1,
+        "nonce": base64.b64encode(nonce).decode(),
+        "tags": [base64.b64encode(tag).decode()],
+        "peer": peer,
+        "purpose": "drill",
+    }
+
+
+def calling(server: Server, call: dict[str, object]) -> socket.socket:
+    """A connection on which this hello was sent, and no answer was read yet."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(60)
+    peer.connect(str(server.run_dir / "unlock"))
+    peer.sendall(json.dumps({"method": "io.unsealerd.Unlock.Hello", "parameters": call}).encode() + b"\0")
+    return peer
+
+
+@pytest.mark.promise(10)
+def test_drills_that_hang_up_lock_nobody_out(server: Server) -> None:
+    """Neither a connection nor a turn is held for who is gone; nor do many wait for one peer."""
+    team = Team(server)
+    team.reload()
+    server.ctl("init")
+
+    def held() -> int:
+        return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+    before = held()
+    for _ in range(300):  # more than there may be connections of one user
+        calling(server, drill_hello(team, "alice", "192.0.2.1")).close()
+    wait_for(lambda: held() <= before + 1, "that those who hung up are let go", 10)
+    with contextlib.ExitStack() as waiting:
+        crowd = [
+            waiting.enter_context(calling(server, drill_hello(team, "alice", "192.0.2.1"))) for _ in range(16)
+        ]
+        answers = [peer.recv(65536) for peer in reversed(crowd)]
+    assert sum(b"LimitExceeded" in answer for answer in answers) in (6, 7, 8)
+    assert team.drill_here("bob").accepted

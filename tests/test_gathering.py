@@ -82,6 +82,9 @@ def test_when_satisfied_it_gives_the_file_key_once_and_wipes_every_share(rig: Ri
     with combined.file_key as file_key:
         assert bytes(file_key.view) == FILE_KEY
     assert (combined.operators, combined.accept_rollback) == (("op0", "op2"), False)
+    assert (rig.gathering.trying, [share.closed for share in rig.made]) == (True, [False, False])
+    rig.gathering.settle(keep=False)
+    assert not rig.gathering.trying
     assert all(share.closed for share in rig.made)
     assert rig.gathering.combine() is None
     assert status(rig) == ((), None)
@@ -138,6 +141,7 @@ def test_a_rollback_is_accepted_by_all_or_not_at_all(rig: Rig) -> None:
         assert combined is not None
         combined.file_key.close()
         assert combined.accept_rollback is accepted
+        rig.gathering.settle(keep=False)
     rig.add(0, accept=False)
     rig.add(0, accept=True)  # what counts is what was said last
     rig.add(1, accept=True)
@@ -145,6 +149,25 @@ def test_a_rollback_is_accepted_by_all_or_not_at_all(rig: Rig) -> None:
     assert combined is not None
     combined.file_key.close()
     assert combined.accept_rollback
+    rig.gathering.settle(keep=False)
+
+
+@in_a_loop
+def test_what_was_tried_in_vain_is_kept_and_nobodys_no_cancels_it(rig: Rig) -> None:
+    rig.add(0, accept=True)
+    rig.add(1, accept=False)
+    for operators, accepted in ((("op0", "op1"), False), (("op0", "op2"), True)):
+        combined = rig.gathering.combine()
+        assert combined is not None
+        with combined.file_key as file_key:
+            assert bytes(file_key.view) == FILE_KEY
+        assert (combined.operators, combined.accept_rollback) == (operators, accepted)
+        rig.gathering.settle(keep=True)
+        rig.add(2, accept=True)
+    assert rig.gathering.answered == ("op0", "op1", "op2")
+    rig.now += 60  # and not for longer than the window
+    assert rig.gathering.combine() is None
+    assert all(share.closed for share in rig.made)
 
 
 @in_a_loop

@@ -1,20 +1,32 @@
 """Gathering shares on a host in this process, where the clock and the log are ours."""
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from unsealerd.config import Config, Daemon, Operator, TpmTable, Unlock
 from unsealerd.core.age import X25519Identity
+from unsealerd.core.secret import SecretBuffer
 from unsealerd.core.session import Answer, Judgement, recipient_tag
 from unsealerd.daemon.audit import AuditLog
 from unsealerd.daemon.host import Host
 from unsealerd.daemon.unlocking import MAX_CONSOLE_SESSIONS, Conversations
-from unsealerd.errors import AuditUnwritable, LimitExceeded, NotLocked, SessionExpired
+from unsealerd.errors import (
+    AuditUnwritable,
+    BackupDamaged,
+    LimitExceeded,
+    NotLocked,
+    Rollback,
+    SessionExpired,
+    TpmFailed,
+    UnsealerdError,
+)
 from unsealerd.model import Purpose, State
 
 NAMES = ("alice", "bob", "carol")
@@ -55,7 +67,18 @@ class Rig:
         assert self.host.state is State.LOCKED
         self.conversations = Conversations(self.host, lambda: self.now)
 
-    async def answer(self, name: str, purpose: Purpose = Purpose.UNLOCK) -> Judgement:
+    async def answer(
+        self,
+        name: str,
+        purpose: Purpose = Purpose.UNLOCK,
+        *,
+        key: X25519Identity | None = None,
+        peer: str | None = None,
+        reason: str = "",
+        accept_rollback: bool = False,
+        between: Callable[[], None] = lambda: None,
+    ) -> Judgement:
+        """``key``: another than the operator's. ``between``: what happens between the hello and the answer."""
         connection, nonce = object(), os.urandom(32)
         self.now += 1  # the pace of answers is another test's
         challenge = await self.conversations.hello(
@@ -63,19 +86,20 @@ class Rig:
             version=1,
             nonce=nonce,
             tags=[recipient_tag(nonce, str(PEOPLE[name].recipient), purpose)],
-            peer=None,
+            peer=peer,
             purpose=purpose,
         )
+        between()
         answers = []
         for number, question in enumerate(challenge.questions):
-            with PEOPLE[name].exchange(question.point) as x:
+            with (key or PEOPLE[name]).exchange(question.point) as x:
                 answers.append(Answer(number, bytes(x.view)))
         return await self.conversations.answer(
             connection,
             session=challenge.session,
             answers=answers,
-            reason="",
-            accept_rollback=False,
+            reason=reason,
+            accept_rollback=accept_rollback,
             facts={},
         )
 
@@ -131,10 +155,11 @@ def test_no_audit_no_effect(tmp_path: Path, event: str) -> None:
         with pytest.raises(AuditUnwritable):
             await rig.answer("bob")
         assert rig.state() is State.LOCKED
-        assert rig.answered() == (() if event == "unlock" else ("alice",))  # used once, whatever came of it
+        assert rig.answered() == (("alice", "bob") if event == "unlock" else ("alice",))
         rig.log.refuses = ""
         await rig.answer("alice")
-        await rig.answer("carol")
+        if event != "unlock":  # else what bob gave is still there
+            await rig.answer("carol")
         assert rig.state() is State.UNLOCKED
 
     run(rig, body)
@@ -218,5 +243,111 @@ def test_drills_are_bounded_while_the_host_serves_keys(tmp_path: Path) -> None:
         assert {session["purpose"] for session in rig.conversations.describe()} == {"drill"}
         with pytest.raises(LimitExceeded):
             await hello()
+
+    run(rig, body)
+
+
+def test_guesses_by_drills_are_bounded_for_the_whole_host(tmp_path: Path) -> None:
+    """From however many networks they come; and who has guessed nothing wrong goes on drilling."""
+    rig = Rig(tmp_path, threshold=1)
+    wrong = X25519Identity.generate()
+
+    def refused() -> int:
+        return rig.log.counters.values()["drill_failures"]
+
+    async def body() -> None:
+        async def guess(peer: str) -> bool:
+            """Whether it was judged. The clock stands still but for what `answer` adds."""
+            before = refused()
+            try:
+                judgement = await rig.answer(
+                    "alice", Purpose.DRILL, key=wrong, peer=peer, reason="\u4e00" * 256
+                )
+            except LimitExceeded:
+                assert refused() == before
+                return False
+            assert (judgement.accepted, refused()) == ((), before + 1)
+            return True
+
+        assert [await guess(f"2001:db8::{number:x}") for number in range(30)] == [True] * 22 + [False] * 8
+        assert (await rig.answer("alice", Purpose.DRILL, peer="2001:db8:0:1::1")).accepted == ("alice",)
+        assert (
+            await rig.answer("alice", Purpose.DRILL, key=wrong)
+        ).accepted == ()  # the console has its own limits
+        for number in range(2, 80):
+            rig.now -= 1  # all in one minute
+            assert await guess(f"2001:db8:0:{number:x}::1") is (number < 65)
+        rig.now += 60
+        assert await guess("2001:db8::1")
+        records = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        longest = max(len((record.get("reason") or "").encode()) for record in records)
+        assert 250 < longest <= 256
+
+    run(rig, body)
+
+
+@pytest.mark.parametrize("threshold", [1, 2])
+def test_who_is_removed_during_a_session_counts_no_more(tmp_path: Path, threshold: int) -> None:
+    rig = Rig(tmp_path, threshold)
+
+    async def body() -> None:
+        def remove() -> None:
+            left = tuple(operator for operator in rig.config.operators if operator.name != "alice")
+            rig.host.configure(msgspec.structs.replace(rig.config, operators=left))
+
+        with pytest.raises(SessionExpired):
+            await rig.answer("alice", between=remove)
+        assert (rig.state(), rig.answered()) == (State.LOCKED, ())
+        for name in ("bob", "carol")[:threshold]:
+            await rig.answer(name)
+        assert rig.state() is State.UNLOCKED
+
+    run(rig, body)
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_an_unlock_that_fails_keeps_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs_up: bool
+) -> None:
+    """But for a damaged backup: then all is wiped, whether or not the caller is still there to hear of it."""
+    rig = Rig(tmp_path)
+
+    async def body() -> None:
+        trying = asyncio.Event()
+
+        def fail(with_error: UnsealerdError) -> None:
+            async def unlock(file_key: SecretBuffer, *_: object, **__: object) -> None:
+                with file_key:
+                    trying.set()
+                    await asyncio.sleep(0.05)
+                    rig.host.relock(with_error)
+                    raise with_error
+
+            monkeypatch.setattr(rig.host, "unlock", unlock)
+
+        async def attempt(name: str, error: UnsealerdError) -> None:
+            fail(error)
+            trying.clear()
+            answering = asyncio.ensure_future(rig.answer(name))
+            await asyncio.wait_for(trying.wait(), 10)
+            if hangs_up:
+                answering.cancel()
+                await asyncio.wait({answering})
+                await asyncio.sleep(0.2)
+            else:
+                with pytest.raises(type(error)):
+                    await answering
+
+        await rig.answer("alice")
+        await attempt("bob", Rollback("older"))
+        await attempt("bob", TpmFailed("no answer"))
+        assert rig.answered() == ("alice", "bob")
+        await attempt("bob", BackupDamaged("bent"))
+        assert rig.answered() == ()
+        monkeypatch.undo()
+        await rig.answer("alice")
+        await rig.answer("bob")
+        assert rig.state() is State.UNLOCKED
+        assert "unlock_shares_dropped" not in (tmp_path / "audit.jsonl").read_text()
 
     run(rig, body)

@@ -115,6 +115,22 @@ def test_oneway_calls_of_a_client_that_is_gone_are_done(toy: ToyServer, number: 
     toy.thread.until(lambda: toy.toy.notes == number)
 
 
+def test_a_call_that_nobody_waits_for_is_given_up(toy: ToyServer) -> None:
+    """The connection is free at once; what is ``oneway``, before and after it, is done."""
+    with toy.wire() as wire:
+        wire.send("Wait", oneway=True)
+        toy.thread.until(lambda: toy.toy.waiting == 1)
+        wire.sock.sendall(frame("Wait") + frame("Note", oneway=True))
+    assert len(toy.server.connections) == 1  # the first waits on
+    toy.thread.call(toy.toy.release.set)
+    toy.thread.call(toy.toy.release.clear)
+    toy.thread.until(lambda: toy.toy.notes == 1 and not toy.server.connections)
+    with toy.wire() as wire:
+        wire.send("Wait")
+        toy.thread.until(lambda: toy.toy.waiting == 3)
+    toy.thread.until(lambda: not toy.server.connections)
+
+
 def test_a_client_that_stops_sending_gets_its_answers(toy: ToyServer) -> None:
     with toy.wire() as wire:
         wire.sock.sendall(frame("Echo", {"text": "x"}) * 100 + frame("Wait") + frame("Echo", {"text": "y"}))

@@ -20,7 +20,7 @@ RELEASES = ("bookworm", "trixie")
 _DOCUMENT = CHECKOUT / "docs" / "reboots.md"
 _PREFACE = """# Reboots that were played
 
-Made by `./scripts/test-vm --release all --write-docs`, in a virtual machine with a software TPM: real kernels, real boots, real
+Made by `./scripts/test-vm --write-docs`, in a virtual machine with a software TPM: real kernels, real boots, real
 power cuts. The processor is emulated, so that times are ten to thirty times those of a real server.
 """
 

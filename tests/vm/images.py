@@ -15,7 +15,7 @@ from vm.errors import NotInMirror, RigError
 CHECKOUT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 GUEST = HERE / "guest"
-_KEEP = 86400  # seconds after which an image of other parts is removed
+_KEEP = 7200  # seconds after which an image of other parts is removed
 _NOT_IN_MIRROR = 3  # exit code of scripts/base-tree
 _RECIPE = 1  # raise it when an image of the same parts must be made anew
 
@@ -50,8 +50,11 @@ def image(release: str, package: Path | None) -> Image:
                     old.unlink()
             making = disk.with_suffix(".making")
             making.unlink(missing_ok=True)
-            _printed([str(HERE / "build-image"), str(tree), str(package), str(GUEST), str(making)])
-            Path(f"{making}.work").rmdir()
+            try:
+                _printed([str(HERE / "build-image"), str(tree), str(package), str(GUEST), str(making)])
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"{making}.work").rmdir()  # a mount point; what was mounted went with its namespace
             making.rename(disk)
     return Image(release, disk, tree / "boot" / "vmlinuz")
 

@@ -22,6 +22,7 @@ _COUNTERS = {
     "unseals": "Times the TPM opened the backup.",
     "unlocks": "Times operators opened the backup.",
     "unlock_failures": "Answers of operators that did not open the backup.",
+    "drill_failures": "Answers to drills that did not open the backup.",
     "locks": "Times the host became locked, or stayed it for another reason.",
     "denials": "Uses of a key that the policy refused.",
     "rotations": "New versions of keys.",

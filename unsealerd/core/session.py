@@ -114,6 +114,38 @@ def recipient_tag(nonce: bytes, subject: str, purpose: Purpose = Purpose.UNLOCK)
     return hmac.digest(nonce, (prefix + subject.lower()).encode(), "sha256")[:TAG_SIZE]
 
 
+def named(
+    *,
+    version: int,
+    nonce: bytes,
+    tags: Sequence[bytes],
+    operators: Sequence[KnownOperator],
+    backup: Backup,
+    purpose: Purpose,
+) -> tuple[tuple[bytes, int, KnownOperator], ...]:
+    """Whom a hello names, with their tags and their places in the backup: all of it that costs next to nothing.
+
+    Raises `BadMessage`, and `NotAnOperator` when it is nobody.
+    """
+    if version != PROTOCOL_VERSION or len(nonce) != NONCE_SIZE:
+        raise BadMessage("not a hello of version 1")
+    if not 0 < len(tags) <= MAX_TAGS or any(len(tag) != TAG_SIZE for tag in tags):
+        raise BadMessage("malformed tags")
+    offered = set(tags)
+    found = tuple(
+        (tag, index, operator)
+        for index, operator in backup.members(operators)
+        if (tag := recipient_tag(nonce, operator.subject, purpose)) in offered
+    )
+    if not found:
+        raise _nobody()
+    return found
+
+
+def _nobody() -> NotAnOperator:
+    return NotAnOperator("none of the offered identities is an operator with a stanza in the backup")
+
+
 class UnlockSession:
     def __init__(self, session: bytes, opened: int) -> None:
         """``session``: `SESSION_ID_SIZE` random bytes. ``opened``: seconds of a monotonic clock."""
@@ -140,17 +172,11 @@ class UnlockSession:
         Raises `BadMessage`, `SessionExpired`, `BackupDamaged`, and `NotAnOperator` when there is nothing to ask.
         """
         self._require(_Stage.OPENED, now)
-        if version != PROTOCOL_VERSION or len(nonce) != NONCE_SIZE:
-            raise BadMessage("not a hello of version 1")
-        if not 0 < len(tags) <= MAX_TAGS or any(len(tag) != TAG_SIZE for tag in tags):
-            raise BadMessage("malformed tags")
-        offered = set(tags)
         pending: list[_Pending] = []
         questions: list[Question] = []
-        for index, operator in backup.members(operators):
-            tag = recipient_tag(nonce, operator.subject, purpose)
-            if tag not in offered:
-                continue
+        for tag, index, operator in named(
+            version=version, nonce=nonce, tags=tags, operators=operators, backup=backup, purpose=purpose
+        ):
             for stanza, point in _addressed(operator.recipient, backup.stanzas(index)):
                 if len(pending) == MAX_QUESTIONS:
                     break
@@ -158,7 +184,7 @@ class UnlockSession:
                 pending.append(_Pending(operator, index, stanza, blinding))
                 questions.append(Question(tag, blinding.curve, blinding.point, operator.kdf))
         if not pending:
-            raise NotAnOperator("none of the offered identities is an operator with a stanza in the backup")
+            raise _nobody()
         self._pending, self.backup, self.purpose = tuple(pending), backup, purpose
         self._stage = _Stage.CHALLENGED
         return tuple(questions)

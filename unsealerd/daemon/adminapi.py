@@ -1,5 +1,6 @@
 """``io.unsealerd.Admin``: everything that changes state, on the ``admin`` socket."""
 
+import asyncio
 import base64
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -110,7 +111,8 @@ class AdminApi:
 
     async def reload(self, connection: "Connection", _: Empty) -> dict[str, object]:
         before = {str(operator.recipient): operator.name for operator in self._host.operators}
-        await self._take_over(caller_facts(connection.peer.caller))
+        # Whole, even if the caller hangs up meanwhile: sockets follow the configuration after the host has taken it over.
+        await asyncio.shield(self._take_over(caller_facts(connection.peer.caller)))
         now = {str(operator.recipient): operator.name for operator in self._host.operators}
         written = self._host.keyring is not None and not self._host.keeper.outdated
         return {

@@ -79,6 +79,7 @@ class Connection(asyncio.BufferedProtocol):
         self._stream: Stream | None = None
         self._opening: Interface | None = None  # set while a streaming method's handler runs
         self.task: asyncio.Future[Result] | None = None
+        self._oneway = False  # the call that the task is for
         # The connection's own buffer; whole messages and a part of one are in held[:filled], without NUL before `scanned`.
         self._held: bytearray | None = None
         self._filled = 0
@@ -172,8 +173,14 @@ class Connection(asyncio.BufferedProtocol):
         return True  # what was asked is answered first; `_resume` closes
 
     def _hung_up(self) -> None:
-        """Nobody will read an answer. What was sent before is still taken up: it may be ``oneway``."""
+        """Nobody will read an answer. What was sent before is still taken up: it may be ``oneway``.
+
+        A call whose answer was waited for is given up, so that what it holds is free at once; a change of the host shields
+        itself.
+        """
         self._gone = True
+        if self.task is not None and not self._oneway:
+            self.task.cancel()
         if self._stream is not None or self._blocked & _UNSENT:
             self.abort()
 
@@ -274,6 +281,7 @@ class Connection(asyncio.BufferedProtocol):
     def _wait_for(self, task: asyncio.Future[Result], call: Call, entry: "Entry") -> None:
         """Answer when the awaitable is done. Nothing of it ran yet, if it is a coroutine: look at the caller first."""
         self.task = task
+        self._oneway = call.oneway
         try:
             self.peer.check()
         except CallerChanged as error:
@@ -283,13 +291,20 @@ class Connection(asyncio.BufferedProtocol):
         self._blocked |= _BUSY
         self._time_message(False)
         task.add_done_callback(lambda done: self._answered(done, call, entry))
+        if self._gone and not call.oneway:
+            self._server.loop.call_soon(
+                task.cancel
+            )  # after its first step: it has begun whatever it begins at once
 
     def _answered(self, task: asyncio.Future[Result], call: Call, entry: "Entry") -> None:
         self.task = None
         self._blocked &= ~_BUSY
         with self._guard:
             if task.cancelled():
-                self.abort()
+                if self._gone:
+                    self._resume()
+                else:
+                    self.abort()
                 return
             try:
                 result = task.result()

@@ -7,6 +7,7 @@ COUNTED = {
     "unlocked": "unlocks",
     "unlock_failed": "unlock_failures",
     "unlock_refused": "unlock_failures",
+    "drill_refused": "drill_failures",
     "locked": "locks",
     "denied": "denials",
     "key_rotated": "rotations",

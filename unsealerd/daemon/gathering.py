@@ -1,12 +1,12 @@
 """The shares that operators have given so far, where several are needed to open the backup.
 
-They are in secret memory and nowhere else. The first one opens a window; at its end all are wiped, as they are when they are
-used, whatever came of that, when the backup is another one, and when the host is locked or unlocked. So a share is used once,
-and never lies about for longer than the window.
+They are in secret memory and nowhere else. The first one opens a window; at its end all are wiped, as they are when the host
+is unlocked or locked, and when the backup is damaged or another one. An unlock that fails for another reason (`Rollback`, the
+TPM, the disk) leaves them: else one operator could cancel what the others gave. None lies about for longer than the window.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from unsealerd.core.age import verify_mac
@@ -23,7 +23,7 @@ class Combined:
     operators: tuple[str, ...]
     """Whose shares these were."""
     accept_rollback: bool
-    """Whether each of them said so."""
+    """Whether each of these said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Gathering:
         self._sharing: Sharing | None = None
         self._ends = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._attempts = 0
 
     def add(
         self,
@@ -71,26 +72,48 @@ class Gathering:
             self._given[index] = _Given(share, accept_rollback)
 
     def combine(self) -> Combined | None:
-        """The file key, if the rules are satisfied: then every share is wiped. None if they are not.
+        """The file key, if the rules are satisfied; None if they are not. Who gets it says what came of it: `settle`.
 
-        Raises `BackupDamaged` if what the shares give is not this header's file key: each is authentic, so it is nobody's
-        fault among the operators, and somebody has changed the backup.
+        Where those who accept a rollback are enough, it is theirs: nobody's "no" takes away what so many agreed on.
+
+        Raises `BackupDamaged` if what the shares give is not this header's file key, and wipes them: each is authentic, so
+        it is nobody's fault among the operators, and somebody has changed the backup.
         """
         sharing, backup = self._sharing, self._backup
         if sharing is None or backup is None or not sharing.rules.satisfied(self.answered):
             return None
-        operators = self.answered
-        accept = all(given.accept_rollback for given in self._given.values())
+        accepting = {index: given.share for index, given in self._given.items() if given.accept_rollback}
+        accept = sharing.rules.satisfied(self._names(sharing, accepting))
+        used = accepting if accept else {index: given.share for index, given in self._given.items()}
+        operators = self._names(sharing, used)
         try:
-            file_key = sharing.combine({index: given.share for index, given in self._given.items()})
-        finally:
+            file_key = sharing.combine(used)
+        except BaseException:
             self._wipe()
+            raise
         try:
             verify_mac(backup.header, file_key)
         except AgeMacInvalid as err:
             file_key.close()
+            self._wipe()
             raise BackupDamaged("the header of the backup was changed") from err
+        self._attempts += 1
         return Combined(file_key, operators, accept)
+
+    def settle(self, *, keep: bool) -> None:
+        """What `combine` gave was tried; wipe the shares unless they are to be tried again."""
+        self._attempts -= 1
+        if not keep:
+            self._wipe()
+
+    @property
+    def trying(self) -> bool:
+        """Whether what `combine` gave is being tried."""
+        return self._attempts > 0
+
+    def spend(self) -> None:
+        """Wipe the shares: they were of use."""
+        self._wipe()
 
     def follow(self, backup: Backup) -> None:
         """The backup on disk is this one: shares of another are worth nothing any more."""
@@ -110,12 +133,16 @@ class Gathering:
         self._end_in_time()
         if self._sharing is None:
             return ()
-        return tuple(self._sharing.rules.operators[index].name for index in sorted(self._given))
+        return self._names(self._sharing, self._given)
 
     @property
     def seconds_left(self) -> int | None:
         """Of the window; None if none is open."""
         return max(1, int(self._ends - self._monotonic())) if self.answered else None
+
+    @staticmethod
+    def _names(sharing: Sharing, places: Collection[int]) -> tuple[str, ...]:
+        return tuple(sharing.rules.operators[index].name for index in sorted(places))
 
     def _end_in_time(self) -> None:
         """A timer may be late."""

@@ -25,6 +25,7 @@ from unsealerd.core.age import (
     decrypt_payload,
     encrypt_under,
     parse_header,
+    verify_mac,
 )
 from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
@@ -124,12 +125,13 @@ class Keeper:
         return self._written_for != self._rules
 
     def _somebody_left(self, rules: Rules) -> bool:
-        """Whether the backup on disk may open to operators, or to fewer of them, than one that follows these rules.
+        """Whether the backup on disk may open to others, or to fewer of them, than one that follows these rules.
 
-        A backup without a list of operators does not say who they are, but that each opens it alone.
+        A backup without a list of operators does not say who they are, and somebody may have been taken out of the
+        configuration while the daemon was not there: the first write after its start leaves no spare of such a one.
         """
         before = self._written_for or self._opened_for
-        return rules.split if before is None else not rules.admits(before)
+        return before is None or not rules.admits(before)
 
     @property
     def now(self) -> int:
@@ -186,7 +188,7 @@ class Keeper:
             if tpm is None:
                 raise SealRefused(LockReason.TPM_MISSING, "there is a sealed copy, and no TPM is configured")
             with tpm.unseal(copy, self.now) as file_key:
-                opened = self._decrypt(file_key)
+                opened = self._decrypt_sealed(file_key)
             with _closing(opened):
                 self._require_current(opened, tpm)
                 draft = Draft(opened)
@@ -339,6 +341,9 @@ class Keeper:
             with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
                 data = encrypt_under(wrap(rules, file_key), fresh.buffer.view, file_key)
                 self._prove_readable(data, file_key, fresh)
+                if forget_previous:
+                    self.plan = None
+                    self._directory.remove(SEALED)  # it is of what is to be destroyed; a new one follows
                 # Who is no operator any more, or not alone, is not to find the generation before beside the new one.
                 with self._kept.following(fresh, data):
                     self.store.write(data, forget_previous=forget_previous or self._somebody_left(rules))
@@ -394,6 +399,26 @@ class Keeper:
         return None
 
     # --- parts
+
+    def _decrypt_sealed(self, file_key: SecretBuffer) -> Keyring:
+        """Raises `SealRefused` for the copy of the backup before: a change after the seal was cut off before its increment."""
+        try:
+            return self._decrypt(file_key)
+        except BackupDamaged:
+            if not self._opens_previous(file_key):
+                raise
+        raise SealRefused(
+            LockReason.UNEXPECTED_REBOOT, "the machine stopped in the middle of a change after it was sealed"
+        )
+
+    def _opens_previous(self, file_key: SecretBuffer) -> bool:
+        data = self.store.previous()
+        try:
+            if data is not None:
+                verify_mac(parse_header(data), file_key)
+        except (AgeHeaderInvalid, AgeMacInvalid):
+            return False
+        return data is not None
 
     def _decrypt(self, file_key: SecretBuffer) -> Keyring:
         data = self.store.read()

@@ -37,6 +37,7 @@ LOCKS: dict[type[UnsealerdError], LockReason] = {
 # the TPM, or the disk, is back.
 FINAL = frozenset(
     {
+        LockReason.UNEXPECTED_REBOOT,  # with a sealed copy: it is of the backup before
         LockReason.NOT_THE_NEXT_BOOT,
         LockReason.PCR_MISMATCH,
         LockReason.SEALED_COPY_USED,

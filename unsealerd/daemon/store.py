@@ -126,6 +126,12 @@ class BackupStore:
             raise NotInitialised("there is no backup")
         return data
 
+    def previous(self) -> bytes | None:
+        """The generation before, if it is there and can be read."""
+        with contextlib.suppress(StorageFailed):
+            return self._directory.read(PREVIOUS, MAX_BACKUP_BYTES)
+        return None
+
     def write(self, data: bytes, *, forget_previous: bool) -> None:
         """Raises `StorageFailed`; the backup is then the old one or the new one, whole.
 

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from unsealerd.core.rules import KnownOperator
 from unsealerd.core.session import (
     LIFETIME,
     SESSION_ID_SIZE,
@@ -18,12 +19,13 @@ from unsealerd.core.session import (
     Judgement,
     Question,
     UnlockSession,
+    named,
 )
 from unsealerd.core.sharing import Backup, Sharing
 from unsealerd.core.words import session_words
 from unsealerd.daemon.gathering import Gathering
 from unsealerd.daemon.host import Facts, Host
-from unsealerd.daemon.pace import Pace
+from unsealerd.daemon.pace import Pace, Refusals
 from unsealerd.daemon.watch import Event
 from unsealerd.errors import (
     AuditUnwritable,
@@ -36,14 +38,16 @@ from unsealerd.errors import (
     StorageFailed,
     UnsealerdError,
 )
-from unsealerd.model import Purpose, State
+from unsealerd.model import LockReason, Purpose, State
 
 MAX_SESSIONS = 64
 MAX_CONSOLE_SESSIONS = 16  # besides: whoever is at the console is not kept out by the network
 _ANSWER_INTERVAL = 0.5  # seconds between the audited answers of one peer, and between drills that it begins
+_MAX_WAITING = 8  # of one peer
+_REFUSALS = {"of_each": 2, "keys": 64, "of_all": 20}  # drills a minute, of the network
 _CONSOLE = "console"
-_MAX_REASON = 256  # characters
-_MAX_PEER = 128  # characters
+_MAX_REASON = 256  # bytes
+_MAX_PEER = 128  # bytes
 
 _log = logging.getLogger("unsealerd")
 
@@ -75,6 +79,9 @@ class Shares:
 class _Open:
     session: UnlockSession
     peer: str | None
+    site: str | None
+    operators: tuple[KnownOperator, ...]
+    """Whom the configuration named at the hello."""
     opened: int
     words: tuple[str, ...]
     timer: asyncio.TimerHandle
@@ -86,7 +93,8 @@ class Conversations:
     def __init__(self, host: Host, monotonic: Callable[[], float]) -> None:
         self._host = host
         self._monotonic = monotonic
-        self._pace = Pace(_ANSWER_INTERVAL, monotonic)
+        self._pace = Pace(_ANSWER_INTERVAL, monotonic, _MAX_WAITING)
+        self._refusals = Refusals(60, monotonic, **_REFUSALS)
         self._open: dict[object, _Open] = {}
         self._backup: tuple[object, Backup | BackupDamaged] | None = None
         self._gathering = Gathering(monotonic, self._shares_dropped)
@@ -107,16 +115,20 @@ class Conversations:
 
         Raises the errors of the session, `NotLocked` and `LimitExceeded`.
         """
-        self._require_state(purpose)
+        site = None if peer is None else _site_of(peer)
+        self._require_room(connection, peer, purpose)
         if purpose is Purpose.DRILL:
-            # A host that serves keys does not spend its time on points for whoever asks.
-            await self._pace.turn((purpose, peer))
-            self._require_state(purpose)
-        if connection in self._open:
-            raise BadMessage("one hello for each connection")
-        alike = sum((other.peer is None) == (peer is None) for other in self._open.values())
-        if alike >= (MAX_CONSOLE_SESSIONS if peer is None else MAX_SESSIONS):
-            raise LimitExceeded("too many unlock sessions")
+            # A host that serves keys does not spend its time on points for whoever asks, and who is nobody does not wait.
+            named(
+                version=version,
+                nonce=nonce,
+                tags=tags,
+                operators=self._host.operators,
+                backup=self._current_backup(),
+                purpose=purpose,
+            )
+            await self._pace.turn((purpose, site))
+            self._require_room(connection, peer, purpose)
         now = int(self._monotonic())
         session = UnlockSession(secrets.token_bytes(SESSION_ID_SIZE), now)
         questions = session.hello(
@@ -131,7 +143,13 @@ class Conversations:
         words = session_words(session.id, nonce, tuple(question.point for question in questions))
         timer = asyncio.get_running_loop().call_later(LIFETIME, self.end, connection)
         self._open[connection] = _Open(
-            session, None if peer is None else _printable(peer, _MAX_PEER), self._host.now, words, timer
+            session,
+            None if peer is None else _printable(peer, _MAX_PEER),
+            site,
+            self._host.operators,
+            self._host.now,
+            words,
+            timer,
         )
         return Challenge(session.id, questions, words, LIFETIME)
 
@@ -155,8 +173,12 @@ class Conversations:
             raise BadMessage("an answer before the hello")
         drill = opened.session.purpose is Purpose.DRILL
         try:
-            await self._pace.turn(opened.peer)
+            await self._pace.turn(opened.site)
             self._require_state(opened.session.purpose)
+            if self._host.operators != opened.operators:
+                raise SessionExpired("the operators are others since the hello")
+            if drill and opened.site is not None:
+                self._refusals.check(opened.site)
             who: Facts = {
                 **facts,
                 "peer": opened.peer or _CONSOLE,
@@ -164,12 +186,16 @@ class Conversations:
                 "reason": _printable(reason, _MAX_REASON) or None,
             }
             self._host.audit.append("drill_answer" if drill else "unlock_answer", **who)
+            judgement: Judgement | None = None
             try:
                 backup = self._require_current(opened.session)
                 judgement = opened.session.answer(session, answers, int(self._monotonic()))
             except UnsealerdError as err:
                 self._refused(drill, err.name, who)
                 raise
+            finally:
+                if drill and opened.site is not None and (judgement is None or not judgement.accepted):
+                    self._refusals.count(opened.site)
             if not judgement.accepted:
                 self._refused(drill, "BadAnswer", who)
                 return judgement
@@ -198,7 +224,15 @@ class Conversations:
                 raise
             if combined is not None:
                 who |= {"operators": list(combined.operators), "completed_by": list(judgement.accepted)}
-                await self._host.unlock(combined.file_key, who, accept_rollback=combined.accept_rollback)
+                unlock = self._host.unlock(combined.file_key, who, accept_rollback=combined.accept_rollback)
+                unlocking = asyncio.ensure_future(unlock)
+                unlocking.add_done_callback(self._tried)
+                await asyncio.shield(unlocking)  # what becomes of the shares must not depend on who hangs up
+
+    def _tried(self, unlocking: "asyncio.Future[None]") -> None:
+        err = None if unlocking.cancelled() else unlocking.exception()
+        keep = isinstance(err, UnsealerdError) and not isinstance(err, BackupDamaged | NotLocked)
+        self._gathering.settle(keep=keep)
 
     def _gather(
         self, backup: Backup, sharing: Sharing, judgement: Judgement, who: Facts, accept_rollback: bool
@@ -281,6 +315,14 @@ class Conversations:
             for o in self._open.values()
         ]
 
+    def _require_room(self, connection: object, peer: str | None, purpose: Purpose) -> None:
+        self._require_state(purpose)
+        if connection in self._open:
+            raise BadMessage("one hello for each connection")
+        alike = sum((other.peer is None) == (peer is None) for other in self._open.values())
+        if alike >= (MAX_CONSOLE_SESSIONS if peer is None else MAX_SESSIONS):
+            raise LimitExceeded("too many unlock sessions")
+
     def _require_state(self, purpose: Purpose) -> None:
         match self._host.state:
             case State.UNINITIALISED:
@@ -337,7 +379,12 @@ class Conversations:
             self._gathering.drop("the operators are others")
 
     def _state_changed(self, event: Event) -> None:
-        if event.event in ("locked", "unlocked"):
+        trying = self._gathering.trying
+        if event.event == "unlocked" and trying:
+            self._gathering.spend()
+        elif event.event == "locked" and trying and self._host.lock_reason is not LockReason.LOCKED_BY_ADMIN:
+            pass  # still locked, for the reason that the attempt has found: `_tried` decides
+        elif event.event in ("locked", "unlocked"):
             self._gathering.drop(f"the host is {event.event}")
 
     def _shares_dropped(self, why: str, operators: tuple[str, ...]) -> None:
@@ -346,5 +393,12 @@ class Conversations:
 
 
 def _printable(text: str, limit: int) -> str:
-    """What a peer sent, fit for a log line."""
-    return "".join(c if c.isprintable() else "?" for c in text[:limit])
+    """What a peer sent, fit for a log line. ``limit``: bytes, of UTF-8."""
+    printable = "".join(c if c.isprintable() else "?" for c in text[:limit])
+    return printable.encode()[:limit].decode(errors="ignore")
+
+
+def _site_of(peer: str) -> str:
+    from unsealerd.daemon.address import site_of
+
+    return site_of(_printable(peer, _MAX_PEER))
