@@ -185,6 +185,7 @@ ILL: list[tuple[Callable[[Patient], None], str, str, str]] = [
     (lambda patient: setattr(patient, "tables", ""), "notification", "warn", "tells nobody"),
     # --- the next planned reboot
     (configured('[seal]\non = ["kexec"]\n'), "planned reboot", "warn", "does not name reboot"),
+    (holds("etc/default/kexec", "# Debian's\nLOAD_KEXEC=true\n"), "planned reboot", "fail", "kexec-tools"),
     (tpm(in_lockout=True), "planned reboot", "fail", "lockout"),
     (tpm(counter_behind=True), "planned reboot", "fail", "counter"),
     (tpm(error="TpmFailed"), "planned reboot", "fail", "TpmFailed"),

@@ -1,5 +1,6 @@
 """Will the next planned reboot come back unlocked, with nobody there?"""
 
+import re
 from collections.abc import Iterator
 
 from unsealerd.cli.doctor.finding import Finding, fail, ok, warn
@@ -9,6 +10,7 @@ from unsealerd.cli.doctor.units import seals_at_stop
 from unsealerd.model import LockReason, SealKind
 
 _CHECK = "planned reboot"
+_LOADS_KEXEC = re.compile(r"^\s*LOAD_KEXEC=[\"']?true", re.MULTILINE)
 _HINTS = {
     LockReason.NOT_THE_NEXT_BOOT.value: "if the firmware always resets the TPM twice: [seal] extra_resets = 1",
     LockReason.PCR_MISMATCH.value: "what changed at that boot? [tpm] pcrs without what changes at each",
@@ -66,3 +68,6 @@ def _obstacles(subject: Subject, answers: Answers) -> Iterator[str]:
         yield "the TPM has no SHA-256 bank"
     if subject.machine.exists("run/systemd/system") and not seals_at_stop(subject):
         yield "unsealerd.service does not seal when it is stopped"
+    if _LOADS_KEXEC.search(subject.machine.text("etc/default/kexec") or ""):
+        # Its init script does so behind the service manager's back: the TPM is not reset, and refuses the sealed copy.
+        yield "kexec-tools turns each reboot into a kexec (LOAD_KEXEC=true in /etc/default/kexec)"
