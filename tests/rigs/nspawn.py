@@ -330,7 +330,7 @@ class Machine:
             "PATH": os.environ.get("PATH", _ENVIRONMENT["PATH"]),
             "ROOT": str(self.base / "root"),
             "OVERLAY": f"lowerdir={lower},upperdir={self.base / 'upper'},workdir={self.base / 'work'}",
-            "NAME": self.base.name.replace("_", "-"),
+            "NAME": self.base.name.replace("_", "x"),
             "CGROUP": str(self._cgroup),
             "NOTIFY_SOCKET": str(self.base / "notify"),
             "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",  # systemd 257 refuses the older ones
@@ -368,7 +368,7 @@ class Machine:
             self._notify = None
         _empty_cgroup(self._cgroup)
         with contextlib.suppress(OSError):  # nspawn leaves it where /run is not a tmpfs
-            (Path("/run/systemd/nspawn/propagate") / self.base.name.replace("_", "-")).rmdir()
+            (Path("/run/systemd/nspawn/propagate") / self.base.name.replace("_", "x")).rmdir()
 
 
 def _notify_socket(path: Path) -> socket.socket:

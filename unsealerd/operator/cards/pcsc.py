@@ -30,6 +30,9 @@ _T = TypeVar("_T")
 # pcsc-lite's pcsclite.h. The library gives them with or without their sign.
 _SUCCESS = 0
 _NO_READERS = 0x8010002E
+_BUSY = 0x8010000B  # SCARD_E_SHARING_VIOLATION
+_BUSY_SECONDS = 1.0
+_BUSY_PAUSE = 0.05  # seconds
 _LOST = (
     0x80100013,  # SCARD_F_COMM_ERROR
     0x80100016,  # SCARD_E_NOT_TRANSACTED
@@ -46,7 +49,7 @@ _MEANING: dict[int, tuple[type[UnsealerdError], str]] = {
     0x80100017: (ReaderMissing, "the card reader is not there any more"),  # SCARD_E_READER_UNAVAILABLE
     0x8010000C: (CardMissing, "there is no card in the reader"),
     0x80100069: (CardRemoved, "the card was pulled out"),
-    0x8010000B: (CardBusy, "another program uses the card"),  # SCARD_E_SHARING_VIOLATION
+    _BUSY: (CardBusy, "another program uses the card"),
     0x80100068: (CardReset, "another program reset the card"),
     0x80100066: (CardFailed, "the card does not answer"),  # SCARD_W_UNRESPONSIVE_CARD
     0x80100067: (CardFailed, "the card has no power"),
@@ -106,9 +109,15 @@ class _Connection:
         self._scard = scard
         self._context = context
         self._reader = reader
-        code, self._handle, self._protocol = scard.SCardConnect(
-            context, reader, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T0 | scard.SCARD_PROTOCOL_T1
-        )
+        protocols = scard.SCARD_PROTOCOL_T0 | scard.SCARD_PROTOCOL_T1
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            code, self._handle, self._protocol = scard.SCardConnect(
+                context, reader, scard.SCARD_SHARE_EXCLUSIVE, protocols
+            )
+            if code & 0xFFFFFFFF != _BUSY or time.monotonic() > deadline:
+                break
+            time.sleep(_BUSY_PAUSE)  # whoever looks at a card that was just reset is soon through
         _check(code, reader)
 
     @property
