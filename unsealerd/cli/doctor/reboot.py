@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from unsealerd.cli.doctor.finding import Finding, fail, ok, warn
 from unsealerd.cli.doctor.history import History
 from unsealerd.cli.doctor.subject import Answers, Subject
-from unsealerd.cli.doctor.units import seals_at_stop
+from unsealerd.cli.doctor.units import is_loaded, seals_at_stop
 from unsealerd.model import LockReason, SealKind
 
 _CHECK = "planned reboot"
+_KEXEC = "kexec-load.service"
 _LOADS_KEXEC = re.compile(r"^\s*LOAD_KEXEC=[\"']?true", re.MULTILINE)
 _HINTS = {
     LockReason.NOT_THE_NEXT_BOOT.value: "if the firmware always resets the TPM twice: [seal] extra_resets = 1",
@@ -68,6 +69,6 @@ def _obstacles(subject: Subject, answers: Answers) -> Iterator[str]:
         yield "the TPM has no SHA-256 bank"
     if subject.machine.exists("run/systemd/system") and not seals_at_stop(subject):
         yield "unsealerd.service does not seal when it is stopped"
-    if _LOADS_KEXEC.search(subject.machine.text("etc/default/kexec") or ""):
+    if _LOADS_KEXEC.search(subject.machine.text("etc/default/kexec") or "") and is_loaded(subject, _KEXEC):
         # Its init script does so behind the service manager's back: the TPM is not reset, and refuses the sealed copy.
         yield "kexec-tools turns each reboot into a kexec (LOAD_KEXEC=true in /etc/default/kexec)"

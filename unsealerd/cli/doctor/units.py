@@ -61,6 +61,12 @@ def seals_at_stop(subject: Subject) -> bool:
     return units is not None and SEAL_AT_STOP in units[DAEMON].get("ExecStop", "")
 
 
+def is_loaded(subject: Subject, name: str) -> bool:
+    """Whether the service manager knows the unit, and may start it: it is not masked."""
+    units = subject.machine.units([name], _PROPERTIES)
+    return units is not None and units[name].get("LoadState") == "loaded"
+
+
 def _installed(name: str, unit: Unit, why: str) -> Iterator[Finding]:
     if unit.get("LoadState") != "loaded":
         yield fail(
