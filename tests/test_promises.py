@@ -9,14 +9,16 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 PROMISES = range(1, 12)
 LEFT_OUT = {"skip", "skipif", "skipIf", "skipTest", "xfail", "importorskip", "expectedFailure"}
+SLEEPS_ON_PURPOSE = {
+    "powercut.py": "the instant at which the power is cut is drawn at random",
+    "busy.py": "the work that is cut off pauses at random, so that the cut also finds what lies between two changes",
+}
+"""One sleep each, of the machine test: an instant is not a condition that could be waited for."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def files() -> list[Path]:
-    """Not those of the machine test, which is a program of its own: it cuts the power at random instants."""
-    found = sorted(
-        file for file in TESTS.rglob("*.py") if file.parent.parent.name != "vm" and file.parent.name != "vm"
-    )
+    found = sorted(TESTS.rglob("*.py"))
     assert len(found) > 20
     return found
 
@@ -136,7 +138,11 @@ def test_every_promise_has_a_test(promise: int) -> None:
 
 
 def test_no_test_is_left_out_and_none_sleeps() -> None:
-    assert {file.name: faults for file in files() if (faults := faults_in(file.read_text()))} == {}
+    found = {file.name: faults for file in files() if (faults := faults_in(file.read_text()))}
+    for name in SLEEPS_ON_PURPOSE:
+        (only,) = found.pop(name)
+        assert only.endswith(": time.sleep")
+    assert found == {}
 
 
 def test_every_test_file_is_collected() -> None:

@@ -33,12 +33,14 @@ operations = ["read", "sign", "verify"]
 """
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Until the condition holds; fails the test if it does not in time."""
+def wait_for(
+    condition: Callable[[], bool], what: str, seconds: float = PATIENCE, *, pause: float = 0.01
+) -> None:
+    """Until the condition holds; fails the test if it does not in time. ``pause``: seconds between two looks."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
-        select.select([], [], [], 0.01)
+        select.select([], [], [], pause)
 
 
 class Server:

@@ -8,8 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
+
+from rigs.server import wait_for
 
 from vm.errors import RigError
 
@@ -118,13 +119,12 @@ class Processes:
             )
 
     def _await_path(self, path: Path, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while not path.exists():
-            if process.poll() is not None:
-                raise RigError(f"{process.args!r} ended with {process.returncode}; see {self.directory}")
-            if time.monotonic() > deadline:
-                raise RigError(f"{path} did not appear")
-            time.sleep(0.02)
+        try:
+            wait_for(lambda: path.exists() or process.poll() is not None, f"{path} to appear", _PATIENCE)
+        except AssertionError as err:
+            raise RigError(str(err)) from err
+        if process.poll() is not None:
+            raise RigError(f"{process.args!r} ended with {process.returncode}; see {self.directory}")
 
     def _connect(self, name: str) -> socket.socket:
         self._await_path(self.directory / name, self._qemu)

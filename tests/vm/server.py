@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import rigs.server
 
 from unsealerd.core.age import X25519Identity
 from vm.errors import Broken
@@ -25,11 +26,11 @@ def check(holds: bool, what: str) -> None:
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise Broken(f"did not happen in {seconds:.0f} s: {what}")
-        time.sleep(_POLL)
+    """As the other tests do. Raises `Broken`."""
+    try:
+        rigs.server.wait_for(condition, what, seconds, pause=_POLL)
+    except AssertionError as err:
+        raise Broken(str(err)) from err
 
 
 class Server:

@@ -5,6 +5,7 @@ Commands run side by side. The service manager ends it by SIGKILL, at the very e
 
 import json
 import os
+import select
 import subprocess
 import threading
 import time
@@ -15,7 +16,7 @@ _POLL = 0.05  # seconds, while the driver is not loaded yet
 
 def main() -> None:
     while not os.path.exists(PORT):
-        time.sleep(_POLL)
+        select.select([], [], [], _POLL)
     port = os.open(PORT, os.O_RDWR)
     lock = threading.Lock()
 
@@ -31,7 +32,7 @@ def main() -> None:
     while True:
         chunk = os.read(port, 65536)
         if not chunk:  # nobody holds the other end
-            time.sleep(_POLL)
+            select.select([], [], [], _POLL)
             continue
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
