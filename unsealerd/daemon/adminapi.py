@@ -128,7 +128,7 @@ class AdminApi:
                 "the backup is not yet written for the operators that the configuration names"
             )
         data = await self._host.inspect(self._host.keeper.store.verify)
-        self._require_stanzas(self._host.keeper.backup())
+        self._require_stanzas(self._host.keeper.reader.backup())
         return {
             "generation": metadata.generation,
             "bytes": len(data),

@@ -9,11 +9,11 @@ left over (half a message, or messages that wait behind a slow one) moves to a b
 
 import asyncio
 import logging
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from unsealerd.daemon.bugguard import BugGuard
 from unsealerd.daemon.caller import Peer
 from unsealerd.daemon.interface import Interface, Result, bad_parameter, error_reply
 from unsealerd.daemon.message import Call, append_reply, decode_call
@@ -34,33 +34,6 @@ _CLOSED = 8
 _SMALLEST_BUFFER = 4096
 
 
-class BugGuard:
-    """Ends the connection on an exception that nothing should raise, and logs where and of which type.
-
-    Not its text: that could quote what a peer sent, or worse.
-    """
-
-    __slots__ = ("_connection",)
-
-    def __init__(self, connection: "Connection") -> None:
-        self._connection = connection
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, bug: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if kind is None or not issubclass(kind, Exception):
-            return False
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
-        _log.error("handler_bug type=%s at=%s", kind.__name__, where)
-        self._connection.abort()
-        return True
-
-
 class Connection(asyncio.BufferedProtocol):
     """A client. Handlers use `peer`, `state` (theirs alone), `stream`, `closed`."""
 
@@ -73,7 +46,7 @@ class Connection(asyncio.BufferedProtocol):
         self._limits = server.limits
         self._transport: asyncio.Transport
         self._blocked = 0
-        self._guard = BugGuard(self)
+        self._guard = BugGuard(self.abort)
         self._out = bytearray()  # answers of this turn
         self._collecting = False
         self._stream: Stream | None = None

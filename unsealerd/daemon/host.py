@@ -245,7 +245,7 @@ class Host(Standing):
             return
         if not self.keeper.has_sealed_copy():
             await self._worker.blocking(
-                self.keeper.header
+                self.keeper.reader.backup
             )  # a backup that nobody can open is said so before anybody tries
             remembered = await self._worker.blocking(self._memory.recall)
             self._set_locked(

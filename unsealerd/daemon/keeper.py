@@ -18,31 +18,24 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from unsealerd.core import keyring as keyring_format
 from unsealerd.core.age import (
     FILE_KEY_SIZE,
-    Header,
     decrypt_payload,
     encrypt_under,
     parse_header,
-    verify_mac,
 )
 from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
 from unsealerd.core.rules import Rules
 from unsealerd.core.secret import SecretBuffer
-from unsealerd.core.sharing import Backup, wrap
+from unsealerd.core.sharing import wrap
+from unsealerd.daemon.backupreader import BackupReader
 from unsealerd.daemon.keptmemory import KeptMemory
 from unsealerd.daemon.store import BACKUP, PREVIOUS, SMALL_FILE, BackupStore, DurableDirectory
 from unsealerd.daemon.tpmlink import PIN, TpmLink, TpmSettings
 from unsealerd.errors import (
-    AgeHeaderInvalid,
-    AgeMacInvalid,
-    AgePayloadInvalid,
     AlreadyInitialised,
-    BackupDamaged,
     ConfigInvalid,
-    KeyringInvalid,
     Rollback,
     SealRefused,
     StorageFailed,
@@ -105,12 +98,12 @@ class Keeper:
     ) -> None:
         self._directory = directory
         self.store = store
+        self.reader = BackupReader(store)
         self._link = link
         self._kept = kept
         self._clock = clock
         self._rules = Rules(())
         self._written_for: Rules | None = None  # whom this process has written the backup on disk for
-        self._opened_for: Rules | None = None  # what the backup said that it opened; None: not known
         self.plan: SealPlan | None = None
         self.counter_behind = False
 
@@ -130,7 +123,7 @@ class Keeper:
         A backup without a list of operators does not say who they are, and somebody may have been taken out of the
         configuration while the daemon was not there: the first write after its start leaves no spare of such a one.
         """
-        before = self._written_for or self._opened_for
+        before = self._written_for or self.reader.opened_for
         return before is None or not rules.admits(before)
 
     @property
@@ -188,7 +181,7 @@ class Keeper:
             if tpm is None:
                 raise SealRefused(LockReason.TPM_MISSING, "there is a sealed copy, and no TPM is configured")
             with tpm.unseal(copy, self.now) as file_key:
-                opened = self._decrypt_sealed(file_key)
+                opened = self.reader.decrypt_sealed(file_key)
             with _closing(opened):
                 self._require_current(opened, tpm)
                 draft = Draft(opened)
@@ -216,9 +209,7 @@ class Keeper:
                     self._require_current(keyring, tpm)
                 elif keyring.metadata.counter is not None:
                     raise TpmMissing("the backup is tied to a TPM, and the configuration names none")
-            self.store.opened(data)
-            sharing = self.backup().sharing
-            self._opened_for = sharing.rules if sharing is not None else None
+            self.reader.restored(data)
             self.plan = self._lease(keyring)
         except BaseException:
             keyring.close()
@@ -233,17 +224,6 @@ class Keeper:
                 return SealPlan(copy.kind, copy.created, copy.deadline)
         return None
 
-    def header(self) -> Header:
-        """The header of the backup on disk. Raises `BackupDamaged`, `NotInitialised`."""
-        return self.backup().header
-
-    def backup(self) -> Backup:
-        """What the header of the backup on disk says of who opens it. Raises `BackupDamaged`, `NotInitialised`."""
-        try:
-            return Backup.of(parse_header(self.store.read()))
-        except AgeHeaderInvalid as err:
-            raise BackupDamaged(f"header: {err.detail}") from err
-
     def unlock(
         self, file_key: SecretBuffer, amend: Callable[[Draft], None], *, accept_rollback: bool
     ) -> Unlocked:
@@ -252,14 +232,14 @@ class Keeper:
         The backup is written anew, so that every sealed copy is dead. With ``accept_rollback`` an older backup is taken as it
         is, another TPM is pinned, and a TPM that does not answer is done without: then nothing can be changed until it does.
         """
-        opened = self._decrypt(file_key)
+        opened = self.reader.decrypt(file_key)
         with _closing(opened):
             try:
                 return Unlocked(self._adopt(opened, amend, accept_rollback=accept_rollback), written=True)
             except (TpmMissing, TpmFailed, TpmLockout):
                 if not accept_rollback:
                     raise
-        return Unlocked(self._decrypt(file_key), written=False)
+        return Unlocked(self.reader.decrypt(file_key), written=False)
 
     def _adopt(self, opened: Keyring, amend: Callable[[Draft], None], *, accept_rollback: bool) -> Keyring:
         if self._link.settings is None and opened.metadata.counter is not None and not accept_rollback:
@@ -399,43 +379,6 @@ class Keeper:
         return None
 
     # --- parts
-
-    def _decrypt_sealed(self, file_key: SecretBuffer) -> Keyring:
-        """Raises `SealRefused` for the copy of the backup before: a change after the seal was cut off before its increment."""
-        try:
-            return self._decrypt(file_key)
-        except BackupDamaged:
-            if not self._opens_previous(file_key):
-                raise
-        raise SealRefused(
-            LockReason.UNEXPECTED_REBOOT, "the machine stopped in the middle of a change after it was sealed"
-        )
-
-    def _opens_previous(self, file_key: SecretBuffer) -> bool:
-        data = self.store.previous()
-        try:
-            if data is not None:
-                verify_mac(parse_header(data), file_key)
-        except (AgeHeaderInvalid, AgeMacInvalid):
-            return False
-        return data is not None
-
-    def _decrypt(self, file_key: SecretBuffer) -> Keyring:
-        data = self.store.read()
-        try:
-            header = parse_header(data)
-            sharing = Backup.of(header).sharing
-            plain = decrypt_payload(data, header, file_key)
-        except (AgeHeaderInvalid, AgeMacInvalid, AgePayloadInvalid) as err:
-            raise BackupDamaged(f"{err.name}: {err.detail}") from err
-        try:
-            opened = keyring_format.parse(plain)
-        except KeyringInvalid as err:
-            plain.close()
-            raise BackupDamaged(f"{err.name}: {err.detail}") from err
-        self.store.opened(data)
-        self._opened_for = sharing.rules if sharing is not None else None
-        return opened
 
     def _require_current(self, opened: Keyring, tpm: "Tpm") -> None:
         """Raises `Rollback` or `TpmChanged`. Completes a write that was cut off before its increment."""

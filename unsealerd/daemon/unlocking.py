@@ -344,7 +344,7 @@ class Conversations:
         signature = self._host.keeper.store.signature()
         if self._backup is None or self._backup[0] != signature:
             try:
-                self._backup = (signature, self._host.keeper.backup())
+                self._backup = (signature, self._host.keeper.reader.backup())
             except BackupDamaged as err:
                 self._backup = (signature, err)
                 self._host.relock(err)
