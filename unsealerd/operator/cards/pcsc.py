@@ -61,14 +61,10 @@ _REMOVAL_SECONDS = 2.0
 """How long a service may take to notice that a card is gone; pcscd looks every 0.4 s."""
 
 
-def readers() -> tuple[str, ...]:
-    """The names of all readers. Raises `ReaderMissing` if there is none, `AccessDenied`, `NotInstalled`."""
-    with _context() as (scard, context):
-        return _list(scard, context)
-
-
 def readers_with_cards() -> tuple[str, ...]:
-    """The names of the readers with a card. Raises `CardMissing` if there is none, and what `readers` raises."""
+    """The names of the readers with a card. Raises `CardMissing` if there is none, `ReaderMissing` if there is
+    no reader, `AccessDenied`, `NotInstalled`.
+    """
     with _context() as (scard, context):
         names = _list(scard, context)
         code, states = scard.SCardGetStatusChange(

@@ -6,16 +6,10 @@ from unsealerd.core.age import P256TagRecipient
 from unsealerd.core.blinding import validate_point
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.errors import (
-    CardBusy,
     CardFailed,
-    CardMissing,
-    CardRemoved,
-    CardReset,
     PinBlocked,
     PinWrong,
-    ReaderMissing,
     TouchMissed,
-    UnsealerdError,
     WrongCard,
 )
 from unsealerd.model import Curve
@@ -24,12 +18,11 @@ from unsealerd.operator.cards.apdu import Card
 from unsealerd.operator.cards.names import printable
 from unsealerd.operator.cards.openpgpapplet import PIN, Applet
 from unsealerd.operator.cards.pin import Asking
+from unsealerd.operator.cards.search import search
 from unsealerd.operator.events import OnEvent, TouchNeeded
 from unsealerd.operator.identities.coordinate import compressed, x_of
 from unsealerd.operator.prompts import Prompts
 
-_TELLING = (CardBusy, WrongCard, CardReset, CardRemoved, CardFailed, ReaderMissing, CardMissing)
-"""Which problem is told when several cards have one: the first of these."""
 _YUBICO = 0x0006
 
 
@@ -42,28 +35,11 @@ def find(
     `ReaderMissing`, `CardMissing`, `WrongCard` if no card has such a key, and what kept the only one from being found:
     `CardBusy`, `CardFailed`, `CardRemoved`, `CardReset`; `AccessDenied`, `NotInstalled`.
     """
-    look = partial(_look, serial=serial)
-    found: list[OpenPgpIdentity] = []
-    problems: list[UnsealerdError] = []
-    for reader in pcsc.readers_with_cards():
-        try:
-            seen = pcsc.use(reader, look)
-        except _TELLING as err:
-            problems.append(err)
-            continue
-        if seen is not None:
-            found.append(
-                OpenPgpIdentity(reader, *seen, prompts=prompts, on_event=on_event, last_try=last_try)
-            )
-    if not found:
-        wanted = (
-            "no OpenPGP card is plugged in"
-            if serial is None
-            else f"no OpenPGP card {printable(serial)} is plugged in"
-        )
-        problems.append(CardMissing(wanted))
-        raise min(problems, key=lambda problem: _TELLING.index(type(problem)))
-    return found
+    which = "" if serial is None else f" {printable(serial)}"
+    return [
+        OpenPgpIdentity(reader, *seen, prompts=prompts, on_event=on_event, last_try=last_try)
+        for reader, seen in search(partial(_look, serial=serial), f"no OpenPGP card{which} is plugged in")
+    ]
 
 
 def _look(card: Card, *, serial: str | None) -> tuple[Applet, bytes] | None:

@@ -9,13 +9,6 @@ from unsealerd.core.secret import SecretBuffer
 from unsealerd.errors import (
     AttestationInvalid,
     BadRequest,
-    CardBusy,
-    CardFailed,
-    CardMissing,
-    CardRemoved,
-    CardReset,
-    ReaderMissing,
-    UnsealerdError,
     WrongCard,
 )
 from unsealerd.model import Curve
@@ -26,12 +19,10 @@ from unsealerd.operator.cards.names import printable
 from unsealerd.operator.cards.pin import Asking
 from unsealerd.operator.cards.pivapplet import ATTESTATION, KEY_MANAGEMENT, PIN, SlotKey
 from unsealerd.operator.cards.policies import PinPolicy, Policies, TouchPolicy
+from unsealerd.operator.cards.search import search
 from unsealerd.operator.events import OnEvent, TouchNeeded
 from unsealerd.operator.identities.coordinate import compressed, x_of
 from unsealerd.operator.prompts import Prompts
-
-_TELLING = (CardBusy, WrongCard, CardReset, CardRemoved, CardFailed, ReaderMissing, CardMissing)
-"""Which problem is told when several cards have one: the first of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +58,11 @@ def find(
     if not pivapplet.is_key_slot(slot):
         raise BadRequest(f"a PIV card has no slot {slot:02X} for keys")
     look = partial(_look, slot=slot, serial=None if serial is None else _plain(serial))
-    found: list[PivIdentity] = []
-    problems: list[UnsealerdError] = []
-    for reader in pcsc.readers_with_cards():
-        try:
-            seen = pcsc.use(reader, look)
-        except _TELLING as err:
-            problems.append(err)
-            continue
-        if seen is not None:
-            device, key = seen
-            identity = PivIdentity(device, key, slot, prompts=prompts, on_event=on_event, last_try=last_try)
-            found.append(identity)
-    if not found:
-        wanted = "no PIV card is plugged in" if serial is None else f"no PIV card {serial} is plugged in"
-        problems.append(CardMissing(wanted))
-        raise min(problems, key=lambda problem: _TELLING.index(type(problem)))
-    return found
+    which = "" if serial is None else f" {serial}"
+    return [
+        PivIdentity(device, key, slot, prompts=prompts, on_event=on_event, last_try=last_try)
+        for _, (device, key) in search(look, f"no PIV card{which} is plugged in")
+    ]
 
 
 def _look(card: Card, *, slot: int, serial: str | None) -> tuple[_Device, SlotKey] | None:
