@@ -281,7 +281,7 @@ def test_only_so_many_wait_for_one_key() -> None:
         turns = Pace(1000.0, asyncio.get_running_loop().time, most_waiting=2)
         await turns.turn("a")
         waiting = [asyncio.ensure_future(turns.turn("a")) for _ in range(3)]
-        await asyncio.wait({waiting[2]})
+        await asyncio.wait({waiting[2]}, timeout=20)
         waiting[0].cancel()
         await asyncio.wait({waiting[0]})
         again = asyncio.ensure_future(turns.turn("a"))  # there is room again
