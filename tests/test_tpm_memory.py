@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rigs.memory import copies
 from rigs.swtpm import SoftwareTpm
 from rigs.tpmhost import FILE_KEY, Host
 
@@ -41,8 +42,8 @@ with SecretBuffer.random(16) as key:
     say(key)
 sys.stdin.readline()
 with tpm.unseal(copy, 2) as key:
+    kept = bytes(key.view) if keep else None  # before the line that has the scan begin
     say(key)
-    kept = bytes(key.view) if keep else None
 sys.stdin.readline()
 """
 
@@ -51,22 +52,6 @@ sys.stdin.readline()
 def tpm(tmp_path: Path) -> Iterator[SoftwareTpm]:
     with SoftwareTpm(tmp_path / "tpm") as running:
         yield running
-
-
-def copies(pid: int, key: bytes) -> list[str]:
-    """Where in the writable private memory of a process are pieces of `key` (8 bytes, or its hexadecimal form)?"""
-    needles = [key[at : at + 8] for at in range(9)] + [key.hex().encode(), key[::-1]]
-    found = []
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for line in maps:
-            span, mode, *rest = line.split()
-            if not mode.startswith("rw") or "secretmem" in line:
-                continue
-            start, end = (int(part, 16) for part in span.split("-"))
-            memory.seek(start)
-            content = memory.read(end - start)
-            found += [f"{span} {' '.join(rest)}" for needle in needles if needle in content]
-    return found
 
 
 @pytest.mark.promise(1)
