@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -155,13 +156,15 @@ def test_keys_of_any_size_fit(rig: Rig, size: int) -> None:
 
 
 def test_a_reader_that_goes_away_leaves_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    reader = Future[socket.socket]()  # the daemon may serve it before this thread has it
+
     def leave(connection: KeyConnection) -> None:
-        sock.close()
+        reader.result(PATIENCE).close()
         connection.send_secret(rig.secret.view)
 
     rig.decide = leave
     rig.open("web")
-    sock = rig.reader()
+    reader.set_result(rig.reader())
     rig.until(lambda: len(rig.served) == 1 and rig.sockets.open_connections == 0)
     assert caplog.records == []
 
