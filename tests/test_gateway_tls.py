@@ -51,7 +51,7 @@ def handshake(address: str, version: ssl.TLSVersion, protocols: tuple[str, ...] 
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(list(protocols))
-    plain = socket.create_connection(("::1", int(address.rpartition(":")[2])), 10)
+    plain = socket.create_connection(("::1", int(address.rpartition(":")[2])), 60)
     try:
         return context.wrap_socket(plain, server_hostname=SERVER_NAME)
     except OSError:
@@ -198,6 +198,46 @@ def test_a_key_whose_certificate_was_never_written_is_no_identity(tmp_path: Path
     made = identity.load(tmp_path)
     private = load_pem_private_key(made.key, None)
     assert x509.load_pem_x509_certificate(made.certificate).public_key() == private.public_key()
+
+
+@pytest.mark.promise(8)
+def test_links_of_the_gateways_or_the_daemons_user_lead_root_nowhere(tmp_path: Path) -> None:
+    """`unsealctl init` is root, and the directories above and below are not root's: nothing behind a link changes."""
+    other = os.getuid() + 990, os.getgid() + 990  # root in these tests, so that an owner can be given
+    roots = tmp_path / "roots"
+    roots.mkdir(mode=0o755)
+    secret = roots / "key.pem"
+    key = identity.create(tmp_path / "donor")
+    secret.write_bytes((tmp_path / "donor" / identity.KEY_NAME).read_bytes())
+    before = roots.stat()
+
+    (tmp_path / "gateway").symlink_to(roots)
+    with pytest.raises(StorageFailed, match="Not a directory"):
+        identity.create(tmp_path / "gateway", other)
+    assert sorted(roots.iterdir()) == [secret]
+    assert (roots.stat().st_uid, roots.stat().st_mode) == (before.st_uid, before.st_mode)
+
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / identity.KEY_NAME).symlink_to(secret)
+    with pytest.raises(StorageFailed, match="symbolic links"):
+        identity.create(linked, other)
+    assert linked.stat().st_uid == os.getuid()
+    assert [path.name for path in linked.iterdir()] == [identity.KEY_NAME]
+    assert key not in [fingerprint(path.read_bytes()) for path in linked.glob("*.crt")]
+
+    fifo = tmp_path / "fifo"
+    fifo.mkdir()
+    os.mkfifo(fifo / identity.KEY_NAME)
+    with pytest.raises(StorageFailed, match="not a regular file"):
+        identity.create(fifo, other)
+
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    os.chown(stranger, other[0] + 1, other[1])
+    with pytest.raises(StorageFailed, match="belongs to another user"):
+        identity.create(stranger, other)
+    assert list(stranger.iterdir()) == []
 
 
 def test_an_identity_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ P-256, because the server's TLS offers no suite of TLS 1.2 that such a key could
 """
 
 import os
-import tempfile
+import secrets
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,23 +33,33 @@ def create(directory: Path, owner: tuple[int, int] | None = None) -> bytes:
     ``owner``: the uid and gid of the gateway's user. Each file appears whole or not at all, the certificate last: with it
     the identity exists. Raises `AlreadyInitialised`, `StorageFailed`, `IdentityInvalid`.
     """
-    if (directory / CERTIFICATE_NAME).exists():
-        raise AlreadyInitialised(f"{directory / CERTIFICATE_NAME} exists")
-    # A key alone is what a creation that was cut off has left, or what every operator has pinned: it is kept.
-    made = _generate(_read(directory / KEY_NAME) if (directory / KEY_NAME).exists() else None)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        if owner is not None:
-            os.chown(directory, *owner)
-        _write(directory / KEY_NAME, made.key, _KEY_MODE, owner)
-        _write(directory / CERTIFICATE_NAME, made.certificate, _CERTIFICATE_MODE, owner)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        # What root does below goes through this descriptor: the directory above belongs to the daemon's user, this one to
+        # the gateway's, and what lies under a name there may be a link of theirs to anywhere.
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as err:
         raise StorageFailed(f"{directory}: {err.strerror}") from err
+    try:
+        return _create(place, directory, owner)
+    except OSError as err:
+        raise StorageFailed(f"{directory}: {err.strerror}") from err
+    finally:
+        os.close(place)
+
+
+def _create(place: int, directory: Path, owner: tuple[int, int] | None) -> bytes:
+    if os.fstat(place).st_uid not in {os.geteuid(), owner[0] if owner else os.geteuid()}:
+        raise StorageFailed(f"{directory}: belongs to another user; remove it and try again")
+    if _exists(CERTIFICATE_NAME, place):
+        raise AlreadyInitialised(f"{directory / CERTIFICATE_NAME} exists")
+    # A key alone is what a creation that was cut off has left, or what every operator has pinned: it is kept.
+    made = _generate(_read(directory / KEY_NAME, place) if _exists(KEY_NAME, place) else None)
+    if owner is not None:
+        os.fchown(place, *owner)
+    _write(KEY_NAME, place, made.key, _KEY_MODE, owner)
+    _write(CERTIFICATE_NAME, place, made.certificate, _CERTIFICATE_MODE, owner)
+    os.fsync(place)
     return fingerprint(made.certificate)
 
 
@@ -134,9 +145,19 @@ def _generate(pem: bytes | None = None) -> TlsIdentity:
     )
 
 
-def _write(path: Path, data: bytes, mode: int, owner: tuple[int, int] | None) -> None:
-    """Replace ``path`` atomically and durably (but for the directory's fsync). Raises ``OSError``."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def _exists(name: str, place: int) -> bool:
+    try:
+        os.stat(name, dir_fd=place, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _write(name: str, place: int, data: bytes, mode: int, owner: tuple[int, int] | None) -> None:
+    """Replace the file atomically and durably (but for the directory's fsync). Raises ``OSError``."""
+    temporary = f".{name}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(temporary, flags, _KEY_MODE, dir_fd=place)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
@@ -145,20 +166,25 @@ def _write(path: Path, data: bytes, mode: int, owner: tuple[int, int] | None) ->
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-        os.rename(temporary, path)
+        os.rename(temporary, name, src_dir_fd=place, dst_dir_fd=place)
     except BaseException:
-        os.unlink(temporary)
+        os.unlink(temporary, dir_fd=place)
         raise
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, place: int | None = None) -> bytes:
+    """The file's bytes; with ``place``, the descriptor of its directory, only what lies in that directory."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES)
+        # No link: root would copy out what only root may read. No waiting for the other end of a FIFO.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path if place is None else path.name, flags, dir_fd=place)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StorageFailed(f"{path}: not a regular file")
+            return file.read(_MAX_FILE_BYTES)
     except FileNotFoundError as err:
         raise NotInitialised(f"{path}: no such file") from err
     except PermissionError as err:
         raise AccessDenied(f"{path}: {err.strerror}") from err
     except OSError as err:
         raise StorageFailed(f"{path}: {err.strerror}") from err
-    return data
