@@ -130,8 +130,6 @@ def _configure(story: Story, operators: str) -> None:
             runtime_dir = "{story.base / "run"}"
             [tpm]
             tcti = "swtpm:path={story.tpm_socket}"
-            [gateway]
-            listen = ["127.0.0.1:{free_port()}"]
             [unlock]
             threshold = 2
             require = ["security"]
@@ -144,10 +142,11 @@ def _configure(story: Story, operators: str) -> None:
         """)
         + operators
     )
+    story.configure_gateway(free_port())
 
 
 def _address(story: Story) -> tuple[str, int]:
-    line = next(line for line in story.config.read_text().splitlines() if line.startswith("listen"))
+    line = next(line for line in story.gateway_config.read_text().splitlines() if line.startswith("listen"))
     host, _, port = line.split('"')[1].rpartition(":")
     return f"{host}:{port}", int(port)
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from unsealerd.config import parse
-from unsealerd.core.auditchain import GENESIS, MAX_LINE_BYTES, Record, verify_line
+from unsealerd.core.auditchain import AUDIT_LOG, GENESIS, MAX_LINE_BYTES, Record, verify_line
 from unsealerd.daemon.access import Access, caller_facts
 from unsealerd.daemon.address import site_of
-from unsealerd.daemon.audit import AUDIT_LOG, AuditLog
+from unsealerd.daemon.audit import AuditLog
 from unsealerd.daemon.caller import Caller
 from unsealerd.daemon.host import Host
 from unsealerd.daemon.pace import Pace
@@ -69,7 +69,8 @@ class Rig:
         self.path = place / AUDIT_LOG
         self.audit = AuditLog(place, lambda: 1_800_000_000.0)
         self.audit.open()
-        self.host = Host(parse(CONFIG.format(place=place).encode()), lambda: 1_800_000_000.0, self.audit)
+        config = parse(CONFIG.format(place=place).encode())
+        self.host = Host(config, place / "keyring.id", lambda: 1_800_000_000.0, self.audit)
         self.access = Access(self.host, clock)
 
     def records(self) -> list[Record]:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from unsealerd.core.auditchain import GENESIS, MAX_LINE_BYTES, Record, link, verify_line
-from unsealerd.daemon.audit import AUDIT_LOG, AuditLog
+from unsealerd.core.auditchain import AUDIT_LOG, GENESIS, MAX_LINE_BYTES, Record, link, verify_line
+from unsealerd.daemon.audit import AuditLog
 from unsealerd.errors import AuditBroken, AuditUnwritable
 
 NOW = 1_800_000_000.25

@@ -11,6 +11,7 @@ import pytest
 from rigs.ctl import Ctl
 from rigs.stub_daemon import StubDaemon, error
 
+from unsealerd import keyringid
 from unsealerd.cli import terminal
 from unsealerd.cli.edge import Exit
 from unsealerd.cli.status import REASONS
@@ -66,6 +67,7 @@ ADMIN = [
     (("lock",), "Lock"),
     (("backup", "verify"), "VerifyBackup"),
     (("backup", "export", "copy.age"), "ExportBackup"),
+    (("backup", "pin"), "Status"),
 ]
 commands = pytest.mark.parametrize(("command", "method"), ADMIN, ids=[method for _, method in ADMIN])
 
@@ -218,12 +220,13 @@ def test_init_makes_the_keyring_and_the_identity(ctl: Ctl, daemon: StubDaemon) -
 
     def make(_: dict[str, object]) -> dict[str, object]:
         identity_was_first.append(certificate.exists())
-        return {"generation": 1, "keys": ["web"]}
+        return {"generation": 1, "keys": ["web"], "keyring": "ab" * 32}
 
     daemon.answers["Admin.Init"] = make
     first = ctl("init", "--json").json
     assert identity_was_first == [True]  # else a failure in between would leave a host that cannot get one
-    assert list(first) == ["generation", "keys", "fingerprint", "words"]
+    assert list(first) == ["generation", "keys", "keyring", "fingerprint", "words"]
+    assert keyringid.read(ctl.config.with_name("keyring.id")) == first["keyring"] == "ab" * 32
     assert first["keys"] == ["web"]
     key = ctl.state_dir / "gateway" / "tls.key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
@@ -236,7 +239,7 @@ def test_init_makes_the_keyring_and_the_identity(ctl: Ctl, daemon: StubDaemon) -
 
 
 def test_a_second_init_keeps_the_identity(ctl: Ctl, daemon: StubDaemon) -> None:
-    daemon.answers["Admin.Init"] = {"generation": 1, "keys": ["web"]}
+    daemon.answers["Admin.Init"] = {"generation": 1, "keys": ["web"], "keyring": "ab" * 32}
     said = ctl("init").out
     assert "web" in said
     assert "unsealctl host add" in said
@@ -244,6 +247,17 @@ def test_a_second_init_keeps_the_identity(ctl: Ctl, daemon: StubDaemon) -> None:
     daemon.answers["Admin.Init"] = error("io.unsealerd.Admin.AlreadyInitialised", detail="there is a backup")
     ctl("init", "--json").refused(Exit.ALREADY_INITIALISED, "AlreadyInitialised")
     assert ctl("identity", "--json").raw == before
+
+
+def test_an_init_that_cannot_pin_has_still_made_a_keyring(ctl: Ctl, daemon: StubDaemon) -> None:
+    """A file system that is read-only, or, as here, something in the way."""
+    ctl.config.with_name("keyring.id").mkdir()
+    daemon.answers["Admin.Init"] = {"generation": 1, "keys": ["web"], "keyring": "ab" * 32}
+    result = ctl("init", "--json")
+    assert result.code == 0
+    assert result.json["keyring"] == "ab" * 32
+    assert "keyring.id" in result.err
+    assert "hint: when that is mended: unsealctl backup pin" in result.err
 
 
 def test_identity_before_init(ctl: Ctl) -> None:
@@ -361,14 +375,18 @@ def test_backup_verify(ctl: Ctl, daemon: StubDaemon) -> None:
 
 
 def exported(daemon: StubDaemon, data: bytes) -> None:
-    daemon.answers["Admin.ExportBackup"] = {"generation": 7, "backup": base64.b64encode(data).decode()}
+    daemon.answers["Admin.ExportBackup"] = {
+        "generation": 7,
+        "keyring": "ab" * 32,
+        "backup": base64.b64encode(data).decode(),
+    }
 
 
 def test_backup_export(ctl: Ctl, daemon: StubDaemon, tmp_path: Path) -> None:
     exported(daemon, BACKUP)
     target = tmp_path / "copy.age"
     facts = ctl("backup", "export", str(target), "--json").json
-    assert list(facts) == ["file", "generation", "bytes", "sha256"]
+    assert list(facts) == ["file", "keyring", "generation", "bytes", "sha256"]
     assert target.read_bytes() == BACKUP
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     exported(daemon, BACKUP + b"2")

@@ -7,7 +7,7 @@ from rigs.ctl import Ctl
 from rigs.stub_daemon import StubDaemon
 
 from unsealerd.cli import terminal
-from unsealerd.cli.events import show
+from unsealerd.cli.events import show, showing
 from unsealerd.cli.prompts import AskPasswordPrompts, TerminalPrompts, pin_question
 from unsealerd.errors import BadRequest, PinCancelled
 from unsealerd.operator.events import Event, Exchanging, KeyFileExposed, PinPadUsed, TlsOnly, TouchNeeded
@@ -35,6 +35,24 @@ def test_each_event_is_one_line(event: Event, line: str, capsys: pytest.CaptureF
     show(event)
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", f"{line}\n")
+
+
+def test_who_is_asked_twice_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = showing()
+    for event in (
+        Exchanging("age1x"),
+        TouchNeeded(DEVICE),
+        Exchanging("age1x"),
+        TouchNeeded(DEVICE),
+        Exchanging("age1y"),
+    ):
+        shown(event)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("answering")] == [
+        "answering as age1x",
+        "answering as age1y",
+    ]
+    assert len(lines) == 4
 
 
 def test_a_device_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rigs.ctl import Ctl
+from rigs.ports import deaf_port
 from rigs.stub_daemon import StubDaemon, error
 
 from unsealerd.cli import terminal
@@ -30,7 +31,8 @@ class TlsServer:
         self._context.set_alpn_protocols(["h2"])
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def renew(self, directory: Path) -> None:
         self.fingerprint = gateway_identity.create(directory)
@@ -39,6 +41,7 @@ class TlsServer:
     def close(self) -> None:
         if self._listener.fileno() >= 0:
             self._listener.shutdown(socket.SHUT_RDWR)
+            self._thread.join(60)  # or it might accept at what has the number of the listener next
             self._listener.close()
 
     def _serve(self) -> None:
@@ -48,7 +51,7 @@ class TlsServer:
             except OSError:
                 return
             with peer:
-                peer.settimeout(10)
+                peer.settimeout(60)
                 try:
                     with self._context.wrap_socket(peer, server_side=True) as stream:
                         stream.recv(1)
@@ -148,11 +151,10 @@ def test_an_odd_address(ctl: Ctl, address: str) -> None:
 
 
 def test_nobody_there(ctl: Ctl) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        address = f"127.0.0.1:{gone.getsockname()[1]}"
-    ctl.bare("host", "add", "web1", address, "--yes", "--json").refused(
-        Exit.HOST_UNREACHABLE, "HostUnreachable"
-    )
+    with deaf_port() as port:
+        ctl.bare("host", "add", "web1", f"127.0.0.1:{port}", "--yes", "--json").refused(
+            Exit.HOST_UNREACHABLE, "HostUnreachable"
+        )
 
 
 def test_a_damaged_file_of_hosts(ctl: Ctl, tmp_path: Path) -> None:
@@ -180,9 +182,10 @@ def test_the_wrong_host_is_refused(ctl: Ctl, server: TlsServer, identity: Path, 
 def test_an_unreachable_host(ctl: Ctl, server: TlsServer, identity: Path) -> None:
     assert ctl.bare("host", "add", "web1", server.address, "--yes").code == 0
     server.close()
-    ctl.bare("unlock", server.address, "-i", str(identity), "--json").refused(
-        Exit.HOST_UNREACHABLE, "HostUnreachable"
-    )
+    with deaf_port(port=int(server.address.rpartition(":")[2])):
+        ctl.bare("unlock", server.address, "-i", str(identity), "--json").refused(
+            Exit.HOST_UNREACHABLE, "HostUnreachable"
+        )
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def test_a_passphrase(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     assert operator.recipient == str(expected)
     assert "can try passphrases" in result.err
     assert LONG not in result.out + result.err
-    assert str(len(LONG)) not in result.out.split("argon2id")[0] + result.err  # its length is a hint, too
+    told = (result.out.split("argon2id")[0] + result.err).replace(operator.recipient, "")
+    assert str(len(LONG)) not in told  # its length is a hint, too
     assert len(typist.asked) == 2
 
 
@@ -215,7 +216,7 @@ class TestPiv:
             operator = configured(ctl.bare("operator", "add", "a", "--piv", "87654321"))
             assert operator.recipient == recipient_of(second)
         finally:
-            inserted.remove()
+            desk.service.pull(inserted, slot=1)
 
     def test_another_slot(self, ctl: Ctl, card: PivCard) -> None:
         operator = configured(ctl.bare("operator", "add", "a", "--piv", "--slot", "9A"))
@@ -246,7 +247,7 @@ class TestPiv:
             assert facts["pin_policy"] == "once"
             ctl.bare("operator", "add", "b", "--openpgp", "1", "--json").refused(Exit.CARD, "CardMissing")
         finally:
-            inserted.remove()
+            desk.service.pull(inserted, slot=1)
             emulated.close()
 
     def test_no_pcsc_service(self, ctl: Ctl, desk: Desk) -> None:

@@ -21,8 +21,19 @@ def daemon(ctl: Ctl) -> Iterator[StubDaemon]:
         yield stub
 
 
-def answer(daemon: StubDaemon, generation: int | None, added: list[str], removed: list[str]) -> None:
-    daemon.answers["Admin.Reload"] = {"generation": generation, "added": added, "removed": removed}
+def answer(
+    daemon: StubDaemon,
+    generation: int | None,
+    added: list[str],
+    removed: list[str],
+    pending: str | None = None,
+) -> None:
+    daemon.answers["Admin.Reload"] = {
+        "generation": generation,
+        "added": added,
+        "removed": removed,
+        "pending": pending,
+    }
 
 
 def test_nothing_changed(ctl: Ctl, daemon: StubDaemon) -> None:
@@ -42,7 +53,12 @@ def test_a_removed_operator_still_opens_what_was_written_before(ctl: Ctl, daemon
     )
     for word in ("key rotate", "key revoke", "destroy the earlier copies"):
         assert word in hint
-    assert ctl("reload", "--json").json == {"generation": 8, "added": ["carol"], "removed": ["bob"]}
+    assert ctl("reload", "--json").json == {
+        "generation": 8,
+        "added": ["carol"],
+        "removed": ["bob"],
+        "pending": None,
+    }
 
 
 def test_an_operator_with_a_new_key(ctl: Ctl, daemon: StubDaemon) -> None:
@@ -61,6 +77,11 @@ def test_while_it_is_locked(ctl: Ctl, daemon: StubDaemon) -> None:
     assert "written after the next unlock" in result.err
     answer(daemon, None, [], [])
     assert ctl("reload").out == "the configuration is in use\n"
+
+
+def test_rules_that_do_not_apply_yet_are_said(ctl: Ctl, daemon: StubDaemon) -> None:
+    answer(daemon, None, [], [], "the backup on this disk still opens with 1 of 3 operators")
+    assert ctl("reload").err == "warning: the backup on this disk still opens with 1 of 3 operators\n"
 
 
 def test_a_configuration_that_is_refused(ctl: Ctl, daemon: StubDaemon) -> None:

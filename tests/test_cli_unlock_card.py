@@ -10,7 +10,7 @@ import pytest
 from rigs.desk import Desk
 from rigs.pivcard import PIN as CARD_PIN
 from rigs.pivcard import SERIAL, TOUCH_ALWAYS, TRIES, PivCard, recipient_of
-from rigs.server import PATIENCE, PROGRAMS, Server
+from rigs.server import PATIENCE, PROGRAMS, Server, wait_for
 from rigs.terminal import Typed, at_terminal
 
 from unsealerd.cli.edge import Exit
@@ -165,7 +165,7 @@ def test_wrong_pins_until_the_last_try(office: Office) -> None:
     done = office.typed("unlock", "--local", "-i", "piv:", "--last-try", answers=((last, PIN),))
     assert done.code == 0
     assert office.card.tries == TRIES
-    assert office.server.status()["sessions"] == []
+    wait_for(lambda: office.server.status()["sessions"] == [], "the end of the session")
 
 
 def test_a_blocked_pin(office: Office) -> None:
@@ -182,7 +182,7 @@ def test_the_card_is_pulled_out_in_the_middle(office: Office, desk: Desk) -> Non
     assert done.code == Exit.CARD
     assert "pulled out" in done.err
     office.card.remove_at = None
-    assert office.server.status()["sessions"] == []
+    wait_for(lambda: office.server.status()["sessions"] == [], "the end of the session")
     assert office.server.status()["shares"]["present"] == 0
     desk.place(office.card)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rigs.limits import in_time
 from rigs.stub_daemon import StubDaemon, error
 
 from unsealerd.client import Client, Event, Signature, Verification
@@ -45,7 +46,7 @@ def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
 
 @pytest.fixture
 def client(daemon: StubDaemon) -> Iterator[Client]:
-    with Client(daemon.directory, timeout=10) as one:
+    with Client(daemon.directory, timeout=60) as one:
         yield one
 
 
@@ -134,7 +135,7 @@ def test_read_waits_for_the_unlock(daemon: StubDaemon, client: Client) -> None:
         assert reader.is_alive()
         with peer:
             peer.sendall(KEY)
-        reader.join(10)
+        reader.join(60)
     assert found == [KEY]
 
 
@@ -150,7 +151,7 @@ def test_a_reader_survives_a_restart_of_the_daemon(daemon: StubDaemon, client: C
         peer, _ = listener.accept()
         with peer:
             peer.sendall(KEY)
-        reader.join(10)
+        reader.join(60)
     assert found == [KEY]
 
 
@@ -168,8 +169,13 @@ def test_a_held_reader_learns_why(
 ) -> None:
     daemon.give("key/web", None)
     daemon.answers["Keys.ListKeys"] = answer
-    with Client(daemon.directory, timeout=NOT_YET) as client, pytest.raises(expected):
-        client.read("web")
+
+    def ask(seconds: float) -> None:
+        """The reason is asked for, and has to come, within the same time."""
+        with Client(daemon.directory, timeout=seconds) as client, pytest.raises(expected):
+            client.read("web")
+
+    in_time(ask, (NOT_YET, 2, 20))
 
 
 def test_a_key_without_a_socket_is_not_found(client: Client) -> None:
@@ -345,15 +351,20 @@ def test_no_answer_is_an_error_in_time(daemon: StubDaemon) -> None:
     silent = threading.Event()
 
     def wait(_: dict[str, object]) -> bytes:
-        silent.wait(10)
+        silent.wait(60)
         return b""
 
     daemon.answers["Keys.Sign"] = wait
-    with (
-        Client(daemon.directory, timeout=NOT_YET) as client,
-        pytest.raises(DaemonUnreachable, match="in time"),
-    ):
-        client.sign("web", b"")
+
+    def ask(seconds: float) -> None:
+        """The connection has to be there before the time is up."""
+        with (
+            Client(daemon.directory, timeout=seconds) as client,
+            pytest.raises(DaemonUnreachable, match="in time"),
+        ):
+            client.sign("web", b"")
+
+    in_time(ask, (NOT_YET, 2, 20))
     silent.set()
 
 
@@ -383,16 +394,16 @@ def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(0)
-        first = connect(path, 10)  # fills the backlog
+        first = connect(path, 60)  # fills the backlog
         with pytest.raises(DaemonUnreachable, match="busy"):
             connect(path, NOT_YET)
         second: list[socket.socket] = []
-        thread = threading.Thread(target=lambda: second.append(connect(path, 10)))
+        thread = threading.Thread(target=lambda: second.append(connect(path, 60)))
         thread.start()
         thread.join(NOT_YET)
         assert thread.is_alive()
         accepted, _ = listener.accept()
-        thread.join(10)
+        thread.join(60)
         for one in (first, accepted, *second):
             one.close()
     assert second

@@ -15,7 +15,7 @@ from rigs.stub_daemon import error
 
 from unsealerd.cli.doctor.finding import Finding, Verdict
 from unsealerd.cli.doctor.gateway import near
-from unsealerd.cli.doctor.machine import Machine
+from unsealerd.cli.doctor.machine import Account, Machine
 from unsealerd.cli.edge import Exit
 from unsealerd.gateway import identity
 
@@ -61,6 +61,7 @@ def test_a_healthy_server_has_nothing_to_be_told(patient: Patient) -> None:
         "operators",
         "backup",
         "keys",
+        "keyring",
         "audit log",
         "tpm",
         "tpm lockout",
@@ -97,6 +98,10 @@ def tpm(**facts: object) -> Callable[[Patient], None]:
 
 def says(**facts: object) -> Callable[[Patient], None]:
     return lambda patient: patient.status.update(facts)
+
+
+def keyring(**facts: object) -> Callable[[Patient], None]:
+    return lambda patient: patient.status["keyring"].update(facts)
 
 
 def keys(*listed: dict[str, Any]) -> Callable[[Patient], None]:
@@ -163,6 +168,10 @@ ILL: list[tuple[Callable[[Patient], None], str, str, str]] = [
     (keys(key(overlap=0)), "keys", "warn", "without overlap"),
     (keys(key(next_rotation=int(time.time()) - DAY)), "keys", "fail", "should have rotated 1 day"),
     (keys(*(key(f"k{number}", allow=[]) for number in range(9))), "keys", "warn", "and 4 more"),
+    # --- which keyring is this host's
+    (keyring(pinned=None), "keyring", "warn", "is missing"),
+    (keyring(pinned="a5" * 32), "keyring", "fail", "another one than is open"),
+    (keyring(pinned=None, error="keyring.id: not the id"), "keyring", "fail", "no backup will be opened"),
     # --- TPM
     (configured('[tpm]\ntcti = "none"\n'), "tpm", "warn", "none configured"),
     (tpm(error="TpmMissing"), "tpm", "fail", "TpmMissing"),
@@ -269,6 +278,10 @@ def test_whoever_is_required_is_proven(patient: Patient) -> None:
     [
         ("unsealerd.toml", 0o660, "configuration"),
         ("unsealerd.toml", 0o642, "configuration"),
+        ("unsealerd.toml", 0o644, "configuration"),
+        ("gateway.toml", 0o664, "configuration"),
+        ("gateway.toml", 0o646, "configuration"),
+        ("keyring.id", 0o664, "configuration"),
         ("state", 0o755, "files"),
         ("state/keyring.age", 0o640, "files"),
         ("state/audit.jsonl", 0o644, "files"),
@@ -295,13 +308,97 @@ def test_a_mode_that_lets_others_in(
     tmp_path.chmod(0o700)
 
 
-def test_a_webhook_that_everybody_reads(patient: Patient) -> None:
-    patient.tables = '[notify]\nwebhook = "https://example.org/token"\n'
+WEBHOOK = '[notify]\nwebhook = "https://example.org/token"\n'
+PASSPHRASE = (
+    '[[operator]]\nname = "carol"\nrecipient = "age1c"\npassphrase = "argon2id$v=19$m=65536,t=2,p=1$c2FsdA"\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("tables", "verdict", "what"),
+    [
+        ("", Verdict.WARN, "who may unlock"),
+        (WEBHOOK, Verdict.FAIL, "webhook"),
+        (PASSPHRASE, Verdict.FAIL, "passphrase can be guessed"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mode", "uid", "gids", "who"),
+    [
+        (0o644, 990, {990}, "everybody"),
+        (0o640, 990, {990, 0}, "the gateway"),  # the file's group is root's
+        (0o640, 0, {990}, "the gateway"),
+    ],
+)
+def test_a_configuration_that_the_gateway_reads(
+    patient: Patient,
+    monkeypatch: pytest.MonkeyPatch,
+    tables: str,
+    verdict: Verdict,
+    what: str,
+    mode: int,
+    uid: int,
+    gids: set[int],
+    who: str,
+) -> None:
+    asked = []
+
+    def account(_: Machine, name: str) -> Account:
+        asked.append(name)
+        return Account(uid, frozenset(gids))
+
+    monkeypatch.setattr(Machine, "account", account)
+    patient.tables = tables
     patient.write()
-    patient.config.chmod(0o644)
-    (found,) = (finding for finding in patient.examine() if finding.verdict is not Verdict.OK)
-    assert "webhook" in found.text
+    patient.config.chmod(mode)
+    (found,) = (finding for finding in patient.examine() if finding.check == "configuration")
+    assert found.verdict is verdict
+    assert found.text.startswith(who)
+    assert what in found.text
     assert "token" not in str(found)
+    assert "c2FsdA" not in str(found)
+    assert set(asked) == {"unsealerd-gateway"}
+
+
+@pytest.mark.parametrize(("uid", "gids"), [(990, {990}), (990, {990, 991})])
+def test_a_configuration_that_the_gateway_cannot_read(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, uid: int, gids: set[int]
+) -> None:
+    monkeypatch.setattr(Machine, "account", lambda *_: Account(uid, frozenset(gids)))
+    patient.tables += PASSPHRASE
+    patient.write()
+    (found,) = (finding for finding in patient.examine() if finding.check == "configuration")
+    assert found.verdict is Verdict.OK
+
+
+def test_an_account_is_what_the_system_says() -> None:
+    account = Machine().account("root")
+    assert account is not None
+    assert (account.uid, 0 in account.gids) == (0, True)
+    assert Machine().account("nobody-of-that-name") is None
+
+
+def test_the_two_files_that_do_not_agree(patient: Patient) -> None:
+    patient.write()
+    right = patient.gateway_config.read_text()
+    patient.gateway_config.write_text(right.replace(f'"{patient.run}"', '"/run/elsewhere"'))
+    (found,) = (finding for finding in patient.examine() if finding.verdict is not Verdict.OK)
+    assert (found.check, found.verdict) == ("gateway", Verdict.FAIL)
+    assert found.text.startswith("runtime_dir is /run/elsewhere in ")
+    patient.gateway_config.write_text(right.replace(f'"{patient.state}"', '"/elsewhere"'))
+    (found,) = (finding for finding in patient.examine() if finding.verdict is not Verdict.OK)
+    assert found.text.startswith("state_dir is /elsewhere in ")
+
+
+def test_a_gateways_file_that_is_wrong_or_gone(patient: Patient) -> None:
+    patient.write()
+    patient.gateway_config.write_text("[gateway]\n")
+    (found,) = (finding for finding in patient.examine() if finding.verdict is not Verdict.OK)
+    assert found.text.startswith(f"ConfigInvalid: {patient.gateway_config}: ")
+    patient.gateway_config.unlink()
+    (found,) = (finding for finding in patient.examine() if finding.verdict is not Verdict.OK)
+    assert (found.check, found.verdict) == ("gateway", Verdict.FAIL)
+    assert "No such file" in found.text
 
 
 def test_a_file_that_is_missing_or_something_else(patient: Patient) -> None:
@@ -382,7 +479,7 @@ def test_the_command_and_its_exit_codes(
     assert result.code == 0
     lines = result.out.splitlines()
     assert lines[0] == "ok    host              unlocked"
-    assert lines[-1] == "27 ok, 1 warn, 0 fail"
+    assert lines[-1] == "28 ok, 1 warn, 0 fail"
     assert sum(line.lstrip().startswith("hint: ") for line in lines) == 1
     assert ctl("doctor", "--json").json["healthy"] is True
 
@@ -411,7 +508,7 @@ def test_a_real_server() -> None:
         server.start()
         server.ctl("init")
         address = server.start_gateway()
-        server.configure(server.config.read_text().replace('"127.0.0.1:0", "[::1]:0"', f'"{address}"'))
+        server.configure_gateway(address)
         server.config.chmod(0o600)
         answer = json.loads(server.ctl("--json", "doctor", expect=None).stdout)
         found = {finding["check"]: finding for finding in answer["findings"]}

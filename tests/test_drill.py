@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -271,13 +272,13 @@ def test_many_drills_from_one_place_wait_for_their_turn(server: Server) -> None:
             connection.call("io.unsealerd.Unlock.Hello", call)
     assert time.monotonic() - started >= 1.4
     before = time.monotonic()
-    for _ in range(20):  # who is nobody is told so at once, and keeps nobody waiting
+    for _ in range(100):  # who is nobody is told so at once, and keeps nobody waiting
         with Connection(server.run_dir / "unlock", timeout=60) as connection:
             with pytest.raises(BadMessage):
                 connection.call("io.unsealerd.Unlock.Hello", {**call, "nonce": "AA=="})
             with pytest.raises(NotAnOperator):
                 connection.call("io.unsealerd.Unlock.Hello", {**call, "tags": ["AAAAAAAAAAAAAAAAAAAAAA=="]})
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 50  # half a second for each would be a hundred
 
 
 def drill_hello(team: Team, name: str, peer: str) -> dict[str, object]:
@@ -315,11 +316,16 @@ def test_drills_that_hang_up_lock_nobody_out(server: Server) -> None:
     before = held()
     for _ in range(300):  # more than there may be connections of one user
         calling(server, drill_hello(team, "alice", "192.0.2.1")).close()
-    wait_for(lambda: held() <= before + 1, "that those who hung up are let go", 10)
+    wait_for(lambda: held() <= before + 1, "that those who hung up are let go")
     with contextlib.ExitStack() as waiting:
-        crowd = [
-            waiting.enter_context(calling(server, drill_hello(team, "alice", "192.0.2.1"))) for _ in range(16)
-        ]
+        server.send(signal.SIGSTOP)  # so that they are all there at once, however long this takes
+        try:
+            crowd = [
+                waiting.enter_context(calling(server, drill_hello(team, "alice", "192.0.2.1")))
+                for _ in range(16)
+            ]
+        finally:
+            server.send(signal.SIGCONT)
         answers = [peer.recv(65536) for peer in reversed(crowd)]
-    assert sum(b"LimitExceeded" in answer for answer in answers) in (6, 7, 8)
+    assert 4 <= sum(b"LimitExceeded" in answer for answer in answers) <= 8
     assert team.drill_here("bob").accepted

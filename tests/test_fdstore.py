@@ -104,7 +104,7 @@ def test_many_restarts_in_a_row(plain: Server) -> None:
         plain.stop(number)
         plain.start()
         assert plain.key() == key
-    assert len(images(plain)) == 1
+    wait_for(lambda: len(images(plain)) == 1, "one image")
 
 
 def test_rotations_that_fell_due_meanwhile_are_done_and_told(plain: Server) -> None:
@@ -248,7 +248,7 @@ KEY_BYTES = bytes(range(1, 33))
 def _image(boot_id: str = BOOT_ID) -> bytes:
     """As the daemon makes it, for `BACKUP`."""
     key = Key("demo", "o", "p", (Version(1, VersionState.PRIMARY, 32, 0, None, None),))
-    keyring = compose(Metadata(1, 0, None, (key,)), [memoryview(KEY_BYTES)])
+    keyring = compose(Metadata(1, 0, None, (key,)), None, [memoryview(KEY_BYTES)])
     head = f"unsealerd-memory-v1\n{boot_id}\n{hashlib.sha256(BACKUP).hexdigest()}\n"
     with keyring.buffer as buffer:
         return head.encode() + bytes(buffer.view)
@@ -612,6 +612,8 @@ def test_ready_status_watchdog_and_stopping(plain: Server) -> None:
     # Not while the loop hangs: a process that is stopped tells nothing.
     os.kill(plain.pid, signal.SIGSTOP)
     try:
+        stat = Path(f"/proc/{plain.pid}/stat")
+        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the process being stopped")
         manager.settle()
         before = len(manager.said("WATCHDOG"))
         threading.Event().wait(0.5)

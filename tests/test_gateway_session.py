@@ -197,7 +197,7 @@ def test_metadata_above_the_limit_is_refused(gateway: GatewayProcess, daemon: Un
 
 def test_a_method_that_is_not_there_is_refused(gateway: GatewayProcess) -> None:
     with RawOperator(gateway.host()) as operator, pytest.raises(grpc.RpcError) as caught:
-        operator.channel.unary_unary("/unsealerd.v1.Unlock/Export", bytes, bytes)(b"", timeout=10)
+        operator.channel.unary_unary("/unsealerd.v1.Unlock/Export", bytes, bytes)(b"", timeout=60)
     assert refusal_of(caught.value).code is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -271,7 +271,7 @@ def test_a_daemon_that_talks_nonsense_is_unreachable(
     daemon.raw_reply = reply
     assert is_named(refused(gateway, alices_hello()), errors.DaemonUnreachable)
     with RawOperator(gateway.host()) as operator, pytest.raises(grpc.RpcError) as caught:
-        operator.channel.unary_unary(GET_STATUS, bytes, bytes)(b"", timeout=10)
+        operator.channel.unary_unary(GET_STATUS, bytes, bytes)(b"", timeout=60)
     assert is_named(refusal_of(caught.value), errors.DaemonUnreachable)
 
 

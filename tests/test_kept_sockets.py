@@ -11,6 +11,7 @@ import pytest
 from rigs.manager import ServiceManager
 from rigs.server import PATIENCE, PROGRAMS, Server, wait_for
 
+from unsealerd import notify
 from unsealerd.client import Client
 from unsealerd.daemon.fdstore import FdStore
 from unsealerd.daemon.keptsockets import KeptSockets
@@ -32,6 +33,10 @@ def manager_of(server: Server) -> ServiceManager:
     assert server.manager is not None
     server.manager.settle()
     return server.manager
+
+
+def kept_readers(server: Server) -> list[str]:
+    return [name for name in manager_of(server).names() if name.startswith("reader.")]
 
 
 def reader(server: Server, name: str = "demo", kind: str = "key") -> socket.socket:
@@ -85,6 +90,7 @@ def test_who_was_denied_reads_no_end_when_the_daemon_is_restarted(
     wait_for(lambda: "reloaded" in server.log_text(), "the reload")
     with reader(server) as sock:
         wait_for(lambda: "denied" in server.events(), "the denial")
+        wait_for(lambda: kept_readers(server) != [], "the reader being handed over")
         server.stop(number)
         assert silent(sock)
         server.start()
@@ -95,7 +101,7 @@ def test_who_was_denied_reads_no_end_when_the_daemon_is_restarted(
         server.stop(number)
         server.start()
         assert whole(sock) == server.key()
-    assert [name for name in manager_of(server).names() if name.startswith("reader.")] == []
+    assert kept_readers(server) == []
 
 
 def test_the_keys_socket_does_not_go_away(server: Server) -> None:
@@ -142,6 +148,9 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_socket(server: Server) ->
 def test_the_number_of_kept_readers_is_bounded(tmp_path: Path) -> None:
     with ServiceManager(tmp_path, most=1000) as manager, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NOTIFY_SOCKET", manager.environment["NOTIFY_SOCKET"])
+        # The queue to it is short, and the thread that empties it is of this process.
+        patient = {**(notify.notify.__kwdefaults__ or {}), "patience": PATIENCE}
+        patch.setattr(notify.notify, "__kwdefaults__", patient)
         kept = KeptSockets(FdStore(available=True))
         listener = kept.listener("key/demo", tmp_path / "demo", 0o600)
         ends: list[socket.socket] = []

@@ -17,7 +17,8 @@ from unsealerd.core.secret import SecretBuffer
 from unsealerd.errors import KeyNotFound, KeyringInvalid, VersionNotFound
 from unsealerd.model import KEY_NAME, VersionState
 
-MAGIC = b"unsealerd-keyring-v1\n"
+MAGIC = b"unsealerd-keyring-v2\n"
+LINEAGE = b"l" * 32
 NOW = 1_800_000_000
 FULL_COUNT = 2**64 - 1
 LAST_TIME = 253_402_300_799
@@ -46,9 +47,9 @@ def refused(data: bytes) -> str:
     return caught.value.detail
 
 
-def spelled(metadata: object, keys: bytes = b"") -> bytes:
+def spelled(metadata: object, keys: bytes = b"", lineage: bytes = LINEAGE) -> bytes:
     text = json.dumps(metadata, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
-    return MAGIC + b"%d\n" % len(text) + text + keys
+    return MAGIC + b"%d\n" % len(text) + text + lineage + keys
 
 
 def version(number: int = 1, state: str = "primary", **fields: object) -> Json:
@@ -80,7 +81,7 @@ def metadata(*keys: Json, **fields: object) -> Json:
 
 
 GOOD = spelled(metadata(key(), counter=7), b"k" * 16)
-HEAD_SIZE = len(GOOD) - 16
+HEAD_SIZE = len(GOOD) - 32 - 16
 
 
 # --- what is built is what is read
@@ -146,7 +147,7 @@ def test_what_is_read_is_what_would_be_written(built: Keyring) -> None:
             for v in each.versions
             if v.state is not VersionState.REVOKED
         ]
-        written = compose(again.metadata, sources)
+        written = compose(again.metadata, again.lineage, sources)
         assert content(written) == content(built)
         written.close()
     built.close()
@@ -157,7 +158,8 @@ def test_the_layout_is_the_one_that_is_documented() -> None:
     draft = Draft(None).create("web", owner="team", purpose="cookies", size=16, now=NOW)
     built = draft.build(generation=1, counter=7, now=NOW)
     assert content(built)[:HEAD_SIZE] == GOOD[:HEAD_SIZE]
-    assert content(built)[HEAD_SIZE:] == bytes(built.view("web", 1))
+    assert content(built)[HEAD_SIZE:] == bytes(built.lineage) + bytes(built.view("web", 1))
+    assert built.lineage.nbytes == 32
     built.close()
 
 
@@ -219,7 +221,7 @@ def test_every_changed_bit_of_the_head_is_refused_or_read_as_it_stands() -> None
         ),
         b"k" * 64,
     )
-    size = len(data) - 64
+    size = len(data) - 32 - 64
     read = 0
     for bit in range(size * 8):
         changed = bytearray(data)
@@ -232,7 +234,7 @@ def test_every_changed_bit_of_the_head_is_refused_or_read_as_it_stands() -> None
                     for v in each.versions
                     if v.state is not VersionState.REVOKED
                 ]
-                again = compose(keyring.metadata, list(kept))
+                again = compose(keyring.metadata, keyring.lineage, list(kept))
                 assert content(again) == changed
                 again.close()
                 read += 1
@@ -252,8 +254,9 @@ def test_every_other_length_is_refused() -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"unsealerd-keyring-v2\n",
-        b"unsealerd-keyring-v1\r\n",
+        b"unsealerd-keyring-v1\n",
+        b"unsealerd-keyring-v3\n",
+        b"unsealerd-keyring-v2\r\n",
         b"\xef\xbb\xbf" + MAGIC,
         MAGIC + b"0%d\n",
         MAGIC + b"+%d\n",
@@ -272,7 +275,7 @@ def test_every_other_length_is_refused() -> None:
 def test_no_other_head_is_read(head: bytes) -> None:
     text = GOOD[len(MAGIC) :].partition(b"\n")[2]
     if b"%" in head:
-        head %= len(text) - 16
+        head %= len(text) - 32 - 16
     refused(head + text)
 
 
@@ -305,7 +308,7 @@ def test_the_metadata_has_one_spelling(respelled: Callable[[bytes], bytes]) -> N
     text = GOOD[len(MAGIC) : HEAD_SIZE].partition(b"\n")[2]
     changed = respelled(text)
     assert changed != text
-    assert "metadata" in refused(MAGIC + b"%d\n" % len(changed) + changed + b"k" * 16)
+    assert "metadata" in refused(MAGIC + b"%d\n" % len(changed) + changed + LINEAGE + b"k" * 16)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +386,34 @@ def test_a_key_of_zeros_is_not_a_key(at: int) -> None:
     assert "all zero" in refused(data + b"".join(parts))
 
 
+# --- whose it is
+
+
+def test_the_id_is_a_digest_of_the_lineage_and_of_nothing_else() -> None:
+    """By openssl: printf unsealerd.io/keyring/v1 | openssl dgst -sha256 -mac HMAC -macopt hexkey:6c6c…"""
+    known = "ffd358fb4705927e7d6d74c1b72124120a0607624020cb0ad7f6ad563b44c0c8"
+    with parsed(GOOD) as keyring:
+        assert keyring.id == known
+    with parsed(spelled(metadata(key("other", version(size=17)), generation=9), b"x" * 17)) as other:
+        assert other.id == known
+    with parsed(spelled(metadata(), lineage=b"l" * 31 + b"m")) as foreign:
+        assert foreign.id != known
+
+
+def test_every_new_keyring_has_a_lineage_of_its_own() -> None:
+    one, other = (Draft(None).build(generation=1, counter=None, now=NOW) for _ in range(2))
+    assert one.id != other.id
+    for keyring in (one, other):
+        keyring.close()
+        with pytest.raises(ValueError):
+            bytes(keyring.lineage)
+
+
+@pytest.mark.promise(11)
+def test_a_lineage_of_zeros_is_nobodys() -> None:
+    assert "all zero" in refused(spelled(metadata(key()), b"k" * 16, lineage=bytes(32)))
+
+
 @pytest.mark.promise(11)
 def test_no_key_has_no_bytes() -> None:
     assert "out of range" in refused(spelled(metadata(key("web", version(size=0)))))
@@ -442,7 +473,7 @@ def sample() -> Keyring:
     )
     keys = (Key("gone", "o", "p", states[:1]), Key("old", "o", "p", states[:4]), Key("web", "o", "p", states))
     sources: list[memoryview | int] = [17, 18, 19, 17, 18, 19, 20]
-    return compose(Metadata(1, NOW, None, keys), sources)
+    return compose(Metadata(1, NOW, None, keys), None, sources)
 
 
 def test_what_verifies_is_primary_first_and_neither_retired_nor_revoked() -> None:

@@ -173,7 +173,7 @@ def test_one_of_them_has_a_passphrase(server: Server) -> None:
 @pytest.mark.promise(1)
 def test_the_window_ends_and_the_shares_are_gone(server: Server) -> None:
     team = locked(Team(server, window="1s"))
-    assert team.unlock("alice").seconds_left == 1
+    assert team.unlock("alice").seconds_left in (1, None)  # None: it was over before the answer was
     wait_for(lambda: "unlock_shares_dropped" in server.events(), "the end of the window")
     assert shares(server)["answered"] == []
     dropped = next(r for r in server.audit() if r["event"] == "unlock_shares_dropped")
@@ -265,7 +265,7 @@ def test_a_reload_while_shares_are_there(team: Team) -> None:
     server = team.server
     team.unlock("alice")
     team.names = ["bob", "carol"]
-    assert team.reload() == {"generation": None, "added": [], "removed": ["alice"]}
+    assert team.reload() == {"generation": None, "added": [], "removed": ["alice"], "pending": None}
     assert shares(server)["answered"] == []
     with pytest.raises(NotAnOperator):
         team.unlock("alice")
@@ -286,16 +286,16 @@ def test_a_removed_operators_key_opens_no_later_backup_and_every_earlier_one(ser
     assert (server.state / "keyring.age.previous").exists()
     team.names = ["bob", "carol"]
     generation = server.status()["generation"]
-    assert team.reload() == {"generation": generation + 1, "added": [], "removed": ["alice"]}
+    assert team.reload() == {"generation": generation + 1, "added": [], "removed": ["alice"], "pending": None}
     after = (server.state / "keyring.age").read_bytes()
     assert not (server.state / "keyring.age.previous").exists()
     alice = [team.identities["alice"]]
     with pytest.raises(AgeNoMatch):
         decrypt(after, alice)
     decrypt(before, alice).close()  # an earlier copy: nothing can be done about it, and `reload` says so
-    assert team.reload() == {"generation": generation + 1, "added": [], "removed": []}
+    assert team.reload() == {"generation": generation + 1, "added": [], "removed": [], "pending": None}
     team.names = ["alice", "bob", "carol"]
-    assert team.reload() == {"generation": generation + 2, "added": ["alice"], "removed": []}
+    assert team.reload() == {"generation": generation + 2, "added": ["alice"], "removed": [], "pending": None}
     assert (server.state / "keyring.age.previous").exists()  # it opens to nobody who may not open this one
 
 

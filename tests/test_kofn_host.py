@@ -16,6 +16,7 @@ from unsealerd.core.secret import SecretBuffer
 from unsealerd.core.session import Answer, Judgement, recipient_tag
 from unsealerd.daemon.audit import AuditLog
 from unsealerd.daemon.host import Host
+from unsealerd.daemon.proven import PROOFS
 from unsealerd.daemon.unlocking import MAX_CONSOLE_SESSIONS, Conversations
 from unsealerd.errors import (
     AuditUnwritable,
@@ -53,16 +54,17 @@ class Rig:
             operators=tuple(Operator(name, str(PEOPLE[name].recipient)) for name in NAMES),
         )
         self.log = Log(directory, time.time)
+        self.id_file = directory / "keyring.id"
         self.now = 1000.0
 
     async def start(self) -> None:
         """A host that has a keyring, and is locked."""
-        first = Host(self.config, time.time, self.log)
+        first = Host(self.config, self.id_file, time.time, self.log)
         await first.start()
         await first.initialise({})
         assert await first.close()
         self.log.close()
-        self.host = Host(self.config, time.time, self.log)
+        self.host = Host(self.config, self.id_file, time.time, self.log)
         await self.host.start()
         assert self.host.state is State.LOCKED
         self.conversations = Conversations(self.host, lambda: self.now)
@@ -180,6 +182,21 @@ def test_no_audit_no_proof(tmp_path: Path, event: str) -> None:
         assert (judgement.accepted, judgement.file_key, judgement.shares) == (("bob",), None, {})
         assert rig.host.proofs.of(rig.host.operators[1]) is not None
         assert rig.answered() == ()
+
+    run(rig, body)
+
+
+def test_who_unlocks_does_not_wait_for_what_is_remembered_of_it(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, threshold=1)
+
+    async def body() -> None:
+        await rig.answer("alice")
+        assert rig.host.state is State.UNLOCKED
+        assert rig.host.proofs.of(rig.host.operators[0]) is not None
+        assert not (tmp_path / PROOFS).exists()
+        while not (tmp_path / PROOFS).exists():
+            await asyncio.sleep(0)
+        assert list(json.loads((tmp_path / PROOFS).read_bytes())) == [str(PEOPLE["alice"].recipient)]
 
     run(rig, body)
 
@@ -329,11 +346,12 @@ def test_an_unlock_that_fails_keeps_what_was_given(
             fail(error)
             trying.clear()
             answering = asyncio.ensure_future(rig.answer(name))
-            await asyncio.wait_for(trying.wait(), 10)
+            await asyncio.wait_for(trying.wait(), 60)
             if hangs_up:
                 answering.cancel()
                 await asyncio.wait({answering})
-                await asyncio.sleep(0.2)
+                while rig.conversations._gathering.trying:
+                    await asyncio.sleep(0.01)
             else:
                 with pytest.raises(type(error)):
                     await answering
@@ -349,5 +367,59 @@ def test_an_unlock_that_fails_keeps_what_was_given(
         await rig.answer("bob")
         assert rig.state() is State.UNLOCKED
         assert "unlock_shares_dropped" not in (tmp_path / "audit.jsonl").read_text()
+
+    run(rig, body)
+
+
+# --- another configuration while it is locked
+
+
+@pytest.mark.promise(2)
+def test_a_share_of_who_is_removed_is_wiped_at_the_reload_and_does_not_come_back(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+
+    async def body() -> None:
+        await rig.answer("alice")
+        given = [share.share for share in rig.conversations._gathering._given.values()]
+        others = tuple(operator for operator in rig.config.operators if operator.name != "alice")
+        await rig.host.reload(msgspec.structs.replace(rig.config, operators=others))
+        assert [share.closed for share in given] == [True]  # nobody has asked for anything since
+        await rig.host.reload(rig.config)
+        await rig.answer("bob")
+        assert rig.answered() == ("bob",)
+        assert rig.state() is State.LOCKED
+
+    run(rig, body)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "wanted", "still"),
+    [
+        (1, Unlock(3, ("carol",)), "still opens with 1 of 3 operators"),
+        (1, Unlock(1, ("carol",)), "still opens with 1 of 3 operators"),
+        (2, Unlock(3), "still opens with 2 of 3 operators"),
+        (2, Unlock(2), None),
+        (1, Unlock(1, (), 60), None),
+    ],
+)
+def test_stricter_rules_that_do_not_apply_yet_are_told(
+    tmp_path: Path, threshold: int, wanted: Unlock, still: str | None
+) -> None:
+    rig = Rig(tmp_path, threshold)
+
+    async def body() -> None:
+        assert rig.conversations.pending_rules() is None
+        await rig.host.reload(msgspec.structs.replace(rig.config, unlock=wanted))
+        told = rig.conversations.pending_rules()
+        if still is None:
+            assert told is None
+            return
+        assert told is not None
+        assert still in told
+        await rig.answer("alice")
+        if threshold == 2:
+            await rig.answer("bob")
+        assert rig.state() is State.UNLOCKED  # it was said
+        assert rig.conversations.pending_rules() is None
 
     run(rig, body)

@@ -237,10 +237,15 @@ def test_a_lease_that_runs_out_while_the_daemon_runs_destroys_the_sealed_copy(un
 
 
 def test_a_lease_that_runs_out_while_the_machine_is_off_is_refused(unlocked: Server) -> None:
-    deadline = unlocked.json("arm", "--for", "6s")["deadline"]
-    unlocked.stop(signal.SIGKILL)  # before the daemon itself ends the lease
+    for seconds in (6, 60):
+        deadline = unlocked.json("arm", "--for", f"{seconds}s")["deadline"]
+        unlocked.stop(signal.SIGKILL)  # before the daemon itself ends the lease
+        if (unlocked.state / "sealed.json").exists():
+            break
+        unlocked.start()
+        unlocked.unlock()
     unlocked.reset_tpm()
-    wait_for(lambda: _now() > deadline, "the end of the lease")
+    wait_for(lambda: _now() > deadline, "the end of the lease", 2 * 60)
     unlocked.start()
     unlocked.assert_locked("lease_expired")
 
@@ -261,7 +266,7 @@ def test_the_distributions_age_opens_the_backup_with_the_operators_key(unlocked:
         capture_output=True,
         check=True,
     ).stdout
-    assert opened.startswith(b"unsealerd-keyring-v1\n")
+    assert opened.startswith(b"unsealerd-keyring-v2\n")
     assert opened.endswith(unlocked.key())
 
 

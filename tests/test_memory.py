@@ -1,5 +1,6 @@
 """Promise 1: plain key bytes and the file key are in secret memory only, and after `lock` nowhere."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from rigs.memory import copies
 from rigs.server import PROGRAMS, Server
+
+from unsealerd.core.age import decrypt
+from unsealerd.core.keyring import parse
 
 pytestmark = pytest.mark.promise(1)
 
@@ -96,6 +100,21 @@ def test_no_copy_of_the_file_key(server: Server) -> None:
     server.unlock()
     for key in (first, _file_key(server)):
         assert copies(server.pid, key) == []
+
+
+def test_no_copy_of_the_lineage(server: Server) -> None:
+    """It is compared at each opening, and its digest told: whoever had it could make a backup that this host believes."""
+    server.reboot()
+    server.power_cut()
+    server.unlock()
+    server.status()
+    with (
+        decrypt((server.state / "keyring.age").read_bytes(), [server.identity]) as plaintext,
+        contextlib.closing(parse(plaintext)) as keyring,
+    ):
+        lineage = bytes(keyring.lineage)
+        assert keyring.id == server.status()["keyring"]["id"]
+    assert copies(server.pid, lineage) == []
 
 
 def _file_key(server: Server) -> bytes:

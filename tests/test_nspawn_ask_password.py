@@ -18,7 +18,11 @@ UNIT = "unsealerd-ask-password@erin.service"
 AGENT = """
 import pathlib, socket, sys
 for path in pathlib.Path("/run/systemd/ask-password").glob("ask.*"):
-    facts = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:  # answered, or given up, in this moment
+        continue
+    facts = dict(line.split("=", 1) for line in lines if "=" in line)
     if facts.get("Id") == "unsealerd:erin":
         if len(sys.argv) > 1:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"+" + sys.argv[1].encode(), facts["Socket"])

@@ -16,6 +16,7 @@ from rigs.pcscd import READER, Inserted, Pcscd, VirtualCard
 from rigs.person import Person
 from rigs.pivcard import PivCard
 from rigs.points import HOSTILE, exchange_blinded, new_key, new_point, point_with_leading_zero, taken
+from rigs.server import wait_for
 
 from unsealerd.cli.edge import ANSWERS
 from unsealerd.core.age import P256Identity
@@ -393,6 +394,7 @@ def gnupg(service: Pcscd) -> Iterator[Path]:
         yield home
     finally:
         run_gnupg(home, "gpgconf", "--kill", "all")
+        await_release()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -402,11 +404,35 @@ def run_gnupg(home: Path, *command: str) -> str:
     return done.stdout + done.stderr
 
 
+def card_status(home: Path) -> str:
+    """What gpg says of the card. Its agent and scdaemon are given all the time that they need to start."""
+    said = ""
+
+    def asked() -> bool:
+        nonlocal said
+        said = run_gnupg(home, "gpg", "--batch", "--card-status")
+        return SERIAL in said
+
+    wait_for(asked, "gpg to see the card")
+    return said
+
+
+def await_release() -> None:
+    """scdaemon ends after it was told to, and then the card is free."""
+
+    def free() -> bool:
+        with other_program(READER, "exclusive") as answers:
+            return answers == ["00000000"]
+
+    wait_for(free, "scdaemon to let go of the card")
+
+
 def test_gnupg_and_opensc_take_it_for_an_openpgp_card(card: OpenPgpCard, service: Pcscd, gnupg: Path) -> None:
-    said = run_gnupg(gnupg, "gpg", "--batch", "--card-status")
+    said = card_status(gnupg)
     assert f"Serial number ....: {SERIAL}" in said
     assert "Key attributes ...: rsa2048 nistp256 rsa2048" in said
     run_gnupg(gnupg, "gpgconf", "--kill", "scdaemon")
+    await_release()
     told = service.run("openpgp-tool", "--card-info", "--key-info").stdout
     assert f"Serial number:   {SERIAL}" in told
     assert "Dec Algorithm:   ECDH" in told
@@ -414,7 +440,7 @@ def test_gnupg_and_opensc_take_it_for_an_openpgp_card(card: OpenPgpCard, service
 
 def test_a_card_that_scdaemon_has_is_busy(card: OpenPgpCard, person: Person, gnupg: Path) -> None:
     identity = find(person)
-    assert SERIAL in run_gnupg(gnupg, "gpg", "--batch", "--card-status")
+    assert SERIAL in card_status(gnupg)
     with pytest.raises(CardBusy) as caught:
         find(person)
     assert "gpgconf --kill scdaemon" in ANSWERS[caught.value.name].hint
@@ -423,4 +449,5 @@ def test_a_card_that_scdaemon_has_is_busy(card: OpenPgpCard, person: Person, gnu
     assert person.asked == []
     # What the hint says helps.
     run_gnupg(gnupg, "gpgconf", "--kill", "scdaemon")
+    await_release()
     taken(identity.exchange(new_point()))

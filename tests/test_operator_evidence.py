@@ -11,10 +11,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rigs.hostile_host import HostileHost
+from rigs.person import Person
 
 from unsealerd.core.age import P256Identity, Recipient, X25519Identity
 from unsealerd.core.blinding import X25519_PRIME
 from unsealerd.core.conversation import Challenge, Question
+from unsealerd.core.rules import passphrase_subject
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.core.session import MAX_QUESTIONS, MAX_TAGS, recipient_tag
 from unsealerd.core.words import session_words
@@ -41,6 +43,7 @@ from unsealerd.operator.evidence import (
     verify,
 )
 from unsealerd.operator.hosts import Host, Trust, make_host
+from unsealerd.operator.identities.passphrase import PassphraseOperator
 from unsealerd.operator.unlock import unlock
 from unsealerd.proto import unlock_pb2 as pb
 
@@ -152,6 +155,32 @@ def test_a_session_id_of_another_size_is_refused(size: int) -> None:
 
 
 @pytest.mark.promise(5)
+@pytest.mark.promise(5)
+def test_a_key_that_stanzas_name_is_asked_once() -> None:
+    """The second point would be from the backup of another host, of which somebody has a copy."""
+    spies = [Spy(X_OWNER.recipient), Spy(P_OWNER.recipient)]
+    other = P256Identity(ec.generate_private_key(ec.SECP256R1())).recipient.uncompressed
+    one, two = (Question(p_tag(), Curve.P256, point) for point in (P_POINT, other))
+    with pytest.raises(BadMessage, match="asked 2 times"):
+        verify(HOST, Offer.make(NONCE, spies), challenge(one, GOOD, two), TlsPin(PIN))
+    assert [spy.asked for spy in spies] == [[], []]
+    # A stanza of X25519 does not say whose it is.
+    assert len(verify(HOST, offer(), challenge(one, GOOD, GOOD), TlsPin(PIN)).questions) == 3
+
+
+@pytest.mark.promise(5)
+def test_a_passphrase_is_asked_for_once() -> None:
+    operator = PassphraseOperator("alice", Person(b"never typed"))
+    kdfs = (f"argon2id$v=19$m=65536,t=2,p=1${salt * 21}A" for salt in "AB")
+    tag = recipient_tag(NONCE, passphrase_subject("alice"))
+    one, two = (Question(tag, Curve.X25519, X_POINT, kdf) for kdf in kdfs)
+    asked = Offer.make(NONCE, [operator])
+    assert verify(HOST, asked, challenge(one), TlsPin(PIN)).questions
+    for second in (one, two):
+        with pytest.raises(BadMessage, match="asked 2 times"):
+            verify(HOST, asked, challenge(one, second), TlsPin(PIN))
+
+
 def test_too_many_questions_are_refused() -> None:
     assert (
         len(verify(HOST, offer(), challenge(*[GOOD] * MAX_QUESTIONS), TlsPin(PIN)).questions) == MAX_QUESTIONS

@@ -20,6 +20,7 @@ from unsealerd.errors import (
     StorageFailed,
 )
 from unsealerd.gateway.identity import _generate
+from unsealerd.operator.events import Event, HostsExposed
 from unsealerd.operator.hosts import (
     Host,
     Hosts,
@@ -234,3 +235,29 @@ def test_what_is_no_certificate_is_refused() -> None:
 def test_a_host_without_a_server_has_no_certificate() -> None:
     with pytest.raises(HostUnreachable):
         fetch_certificate("nowhere.invalid:8750", seconds=5)
+
+
+@pytest.mark.promise(5)
+def test_who_may_write_the_file_decides_whom_the_operator_answers(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    Hosts(path).add(host())
+    told: list[Event] = []
+    hosts = Hosts(path, told.append)
+    hosts.list()
+    assert told == []
+    for mode in (0o660, 0o602):
+        path.chmod(mode)
+        hosts = Hosts(path, told.append)
+        hosts.list()
+        hosts.find(host().name)
+        assert told == [HostsExposed(path, mode)]  # once
+        told.clear()
+
+
+@pytest.mark.promise(5)
+def test_another_users_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    Hosts(path).add(host())
+    os.chown(path, 65533, -1)
+    with pytest.raises(AccessDenied, match="uid 65533"):
+        Hosts(path).find(host().name)

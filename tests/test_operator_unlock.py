@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from rigs.hostile_host import HostileHost, Script
+from rigs.ports import deaf_port
 from rigs.unlock_daemon import UnlockDaemon
 
 from unsealerd.client.connection import Connection
@@ -211,13 +212,12 @@ def test_a_host_can_name_only_the_errors_of_the_interface(
 
 
 def test_nothing_listening_is_unreachable(tls: TlsIdentity) -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
-        port = free.getsockname()[1]
-    host = make_host("gone", f"[::1]:{port}", tls.certificate.decode(), 0)
-    with network.connect(host) as conversation, pytest.raises(HostUnreachable):
-        unlock(conversation, [ALICE])
-    with pytest.raises(HostUnreachable):
-        network.status(host)
+    with deaf_port("::1") as port:
+        host = make_host("gone", f"[::1]:{port}", tls.certificate.decode(), 0)
+        with network.connect(host) as conversation, pytest.raises(HostUnreachable):
+            unlock(conversation, [ALICE])
+        with pytest.raises(HostUnreachable):
+            network.status(host)
 
 
 def test_a_name_that_does_not_resolve_is_unreachable(tls: TlsIdentity) -> None:

@@ -32,7 +32,7 @@ from unsealerd.errors import (
 )
 from unsealerd.operator.cards.policies import PinPolicy, TouchPolicy
 from unsealerd.operator.events import TouchNeeded
-from unsealerd.operator.identities import piv
+from unsealerd.operator.identities import open_identities, piv
 from unsealerd.operator.prompts import PinRequest
 
 pytestmark = pytest.mark.xdist_group("piv")
@@ -113,7 +113,7 @@ def test_two_cards_are_both_found(desk: Desk, card: PivCard) -> None:
         assert found.exchange(at) == P256Identity(other.key).exchange(at)
         assert card.seen.points == []
     finally:
-        inserted.remove()
+        desk.service.pull(inserted, slot=1)
 
 
 def test_a_plain_card_is_known_by_its_certificate(desk: Desk, plain: PivCard) -> None:
@@ -586,3 +586,31 @@ def test_a_slow_card_is_waited_for(desk: Desk, card: PivCard) -> None:
     began = time.monotonic()
     identity.exchange(random_point()).close()
     assert time.monotonic() - began >= 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", (None, 0x9D)),
+        ("77", ("77", 0x9D)),
+        ("77/82", ("77", 0x82)),
+        ("/9c", (None, 0x9C)),
+    ],
+)
+def test_a_spec_names_card_and_slot(text: str, found: tuple[str | None, int]) -> None:
+    assert piv.which(text) == found
+
+
+@pytest.mark.parametrize("text", ["/", "77/", "77/8", "77/829", "77/zz", "77/82/", "77/ 8"])
+def test_what_is_no_slot_is_refused(text: str) -> None:
+    with pytest.raises(BadRequest):
+        piv.which(text)
+
+
+def test_a_key_in_a_retired_slot_by_its_spec(desk: Desk) -> None:
+    card = PivCard()
+    card.slots[0x82] = card.made(0x82)
+    desk.place(card)
+    (found,) = open_identities("piv:/82", prompts=Person(PIN))
+    assert isinstance(found, piv.PivIdentity)
+    assert found.device == f"YubiKey 5 {SERIAL}, PIV slot 82"

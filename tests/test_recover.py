@@ -28,6 +28,7 @@ from rigs.softhsm import PIN as TOKEN_PIN
 
 from unsealerd.core.age import P256Identity, X25519Identity, encrypt_under
 from unsealerd.core.draft import Draft
+from unsealerd.core.keyring import parse
 from unsealerd.core.passphrase import Parameters, derive
 from unsealerd.core.rules import KnownOperator, Rules
 from unsealerd.core.secret import SecretBuffer
@@ -464,8 +465,10 @@ def zero_x(private: ec.EllipticCurvePrivateKey, enc: bytes) -> bool:
 def test_the_keys_are_listed_and_written(three: Made, tmp_path: Path) -> None:
     keyring = tmp_path / "keyring"
     recover("open", three.backup, *shares_of(three, "bob", "carol"), "-o", keyring)
+    with SecretBuffer.copy_of(keyring.read_bytes()) as plaintext:
+        whose = parse(plaintext).id
     assert recover("keys", keyring).stdout.decode().splitlines() == [
-        "generation 7",
+        f"keyring {whose}, generation 7",
         "api:1  primary  16 bytes",
         "old:1  primary  64 bytes",
         "web:1  active  32 bytes",
@@ -480,7 +483,7 @@ def test_the_keys_are_listed_and_written(three: Made, tmp_path: Path) -> None:
         b"",
         three.plaintext[:-1],
         three.plaintext + b"x",
-        three.plaintext.replace(b"v1", b"v2", 1),
+        three.plaintext.replace(b"v2", b"v1", 1),
     ):
         bad = tmp_path / "bad"
         bad.write_bytes(damaged)

@@ -92,6 +92,9 @@ def stage(
 ) -> Iterator[Stage]:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(shutdown, "_CONSOLE", str(tmp_path / "console"))
+    # Long enough for a stub on a busy machine; where a test waits for the end of one, it sets it.
+    monkeypatch.setattr(shutdown, "PATIENCE", 120.0)
+    monkeypatch.setattr(shutdown, "_QUEUE_PATIENCE", 60.0)
     with Server() as server, ServiceManager(server.base) as manager:
         server.manager = manager
         server.start()

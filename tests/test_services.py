@@ -118,7 +118,7 @@ def _as_nobody(server: Server, program: str) -> subprocess.CompletedProcess[str]
         "import os, socket\n"
         "from unsealerd.client import Client\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
-        f"client = Client({str(server.run_dir)!r}, timeout=2)\n"
+        f"client = Client({str(server.run_dir)!r}, timeout=60)\n"
     )
     return subprocess.run(
         [sys.executable, "-c", prelude + program], capture_output=True, text=True, check=False, timeout=60
@@ -468,7 +468,7 @@ def test_the_daemon_loads_no_network_library_and_opens_no_network_socket(server:
     server.unlock()
     maps = Path(f"/proc/{server.pid}/maps").read_text()
     assert "cryptography" in maps  # the search works
-    for library in ("grpc", "cygrpc"):
+    for library in ("grpc", "cygrpc", "libssl", "libcurl", "libgnutls", "libldap"):
         assert library not in maps
     inodes = set()
     for fd in Path(f"/proc/{server.pid}/fd").iterdir():

@@ -154,11 +154,11 @@ def test_a_directory_in_the_way_is_said(directory: DurableDirectory, name: str) 
 @pytest.mark.promise(10)
 def test_a_directory_is_no_file_and_no_descriptor_is_lost(directory: DurableDirectory) -> None:
     (directory.path / NAME).mkdir()
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(StorageFailed):
             directory.read(NAME, LIMIT)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
     with pytest.raises(StorageFailed):
         directory.remove(NAME)
 

@@ -443,7 +443,7 @@ def test_a_connection_may_be_refused(tmp_path: Path) -> None:
         with toy.wire() as wire:
             assert wire.receive() == {"error": "org.example.toy.AccessDenied", "parameters": {}}
             assert wire.receive() is None
-        assert not toy.server.connections
+        toy.thread.until(lambda: not toy.server.connections)
     assert gone == []
 
 

@@ -43,7 +43,7 @@ def conversation(toy: ToyServer, pieces: list[bytes]) -> list[bytes]:
             for piece in pieces:
                 wire.sock.sendall(piece)
             wire.sock.shutdown(socket.SHUT_WR)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # closed after an error
         try:
             while more := wire.sock.recv(65536):

@@ -1,9 +1,13 @@
 """The watcher beside a real daemon: who is told what, once, and which units are reloaded."""
 
+import contextlib
+import json
 import os
 import queue
 import signal
+import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +15,21 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rigs.server import Server, wait_for
 from rigs.stub_daemon import StubDaemon
+from rigs.swtpm import listens
 from rigs.watch import Watch
 
 from unsealerd.client.connection import Connection
 from unsealerd.config import load
 from unsealerd.errors import BadMessage, ConfigInvalid, DaemonUnreachable
+from unsealerd.model import State
+from unsealerd.watch import units
 from unsealerd.watch.event import Event, Letter
-from unsealerd.watch.feed import MONITOR, Feed, Lost, Wake, heard
+from unsealerd.watch.feed import MONITOR, MOST_WAITING, Feed, Lost, Wake, heard
 from unsealerd.watch.main import EX_CONFIG, main
 from unsealerd.watch.memory import Memory, recall, remember
 from unsealerd.watch.places import MAX_LETTERS, Places
+from unsealerd.watch.settings import Settings
+from unsealerd.watch.watcher import Watcher
 
 WEBHOOK = "https://hooks.example/T000/secret-token"
 
@@ -319,7 +328,7 @@ def test_a_start_that_is_not_through_is_no_lock() -> None:
             os.kill(server.tpm.pid, signal.SIGSTOP)
             try:
                 server.launch()
-                wait_for((server.run_dir / "admin").exists, "the socket")
+                wait_for(lambda: listens(server.run_dir / "admin"), "the socket")
                 with (
                     Connection(server.run_dir / "admin", timeout=0.5) as connection,
                     pytest.raises(DaemonUnreachable, match="no answer in time"),
@@ -343,10 +352,13 @@ def test_a_daemon_that_says_nonsense_ends_nothing(tmp_path: Path) -> None:
     with StubDaemon(tmp_path / "run") as daemon, Watch(config, tmp_path) as watch:
         daemon.streams["Admin.Monitor"] = [{"event": 1, "state": "locked"}]
         wait_for(lambda: "daemon lost error=BadMessage" in watch.log_text(), "the answer")
-        daemon.streams["Admin.Monitor"] = [{"event": "state", "state": "locked", "reason": "a\\b\x1b[31m"}]
+        daemon.answers["Admin.Status"] = {
+            "status": {"host_name": "a\\b\x1b[31m", "since": 1 << 200, "boot_id": "a\0b"}
+        }
+        daemon.streams["Admin.Monitor"] = [{"event": "state", "state": "locked", "reason": "rollback"}]
         watch.hears("state")
         assert watch.said == [
-            "unsealerd: this host: keys are locked (a?b?[31m); services wait for an operator: unsealctl unlock"
+            "unsealerd: a?b?[31m: keys are locked (rollback); services wait for an operator: unsealctl unlock"
         ]
 
 
@@ -358,7 +370,10 @@ def test_a_daemon_that_says_nonsense_ends_nothing(tmp_path: Path) -> None:
         {"event": "state", "state": "asleep"},
         {"event": 1, "state": "locked"},
         {"event": "state", "state": "locked", "reason": 1},
-        {"event": "state", "state": "locked", "detail": []},
+        {"event": "state", "state": "locked", "reason": "an_invention"},
+        {"event": "state", "state": "locked", "reason": "rollback\nx"},
+        {"event": "state\nx", "state": "locked"},
+        {"event": "x" * 100, "state": "locked"},
     ],
 )
 def test_only_an_event_is_one(answer: dict[str, object]) -> None:
@@ -377,6 +392,87 @@ def test_a_watcher_that_hears_nothing_any_more_ends(tmp_path: Path) -> None:
         Feed(tmp_path / "admin", wakes, broken).run()
     assert isinstance(wakes.get_nowait(), Lost)
     assert wakes.get_nowait() is None
+
+
+class Chatter:
+    """A daemon that was broken into, and never stops."""
+
+    def __init__(self, directory: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(directory / "admin"))
+        self._socket.listen(8)
+        self.sent = 0
+        threading.Thread(target=self._talk, daemon=True).start()
+
+    def _talk(self) -> None:
+        with self._socket.accept()[0] as peer:
+            peer.recv(4096)
+            answer = {"event": "locked", "state": "locked", "reason": "rollback"}
+            message = json.dumps({"parameters": answer, "continues": True}).encode() + b"\0"
+            with contextlib.suppress(OSError):
+                while True:
+                    peer.sendall(message)
+                    self.sent += 1
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def test_what_waits_for_the_watcher_is_bounded(tmp_path: Path) -> None:
+    chatter = Chatter(tmp_path)
+    wakes: queue.SimpleQueue[Wake] = queue.SimpleQueue()
+    waited = threading.Event()
+    rest = threading.Event()
+
+    def pause(_: float) -> None:
+        waited.set()
+        rest.wait(60)
+        raise MemoryError  # the end of this thread
+
+    def listen() -> None:
+        with contextlib.suppress(MemoryError):
+            Feed(tmp_path / "admin", wakes, pause).run()
+
+    listening = threading.Thread(target=listen, daemon=True)
+    listening.start()
+    assert waited.wait(60)
+    assert wakes.qsize() == MOST_WAITING
+    rest.set()
+    listening.join(60)
+    chatter.close()
+
+
+def test_a_daemon_that_flaps_does_not_start_a_unit_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def start(letter: str) -> bool:
+        started.append(letter)
+        return True
+
+    monkeypatch.setattr(units, "start_notification", start)
+    config = tmp_path / "unsealerd.toml"
+    config.write_text(
+        f'[daemon]\nstate_dir = "{tmp_path}/state"\nruntime_dir = "{tmp_path}"\n[tpm]\ntcti = "none"\n'
+        '[notify]\ncommand = ["/bin/true"]\n'
+    )
+    places = Places(tmp_path / "console", tmp_path / "issue", tmp_path / "motd", tmp_path / "memory")
+    places.prepare()
+    places.console.touch()
+    now = 1000.0
+    watcher = Watcher(Settings(config), places, tmp_path / "admin", lambda: 1.8e9, lambda: now)
+    for _ in range(50):
+        watcher._tell(State.LOCKED, "rollback")
+        watcher._tell(State.UNLOCKED, None)
+    watcher._tell(State.LOCKED, "tpm_missing")
+    assert len(started) == len(places.console.read_text().splitlines()) == 20
+    assert watcher._untold == (State.LOCKED, "tpm_missing")
+    now += 60
+    watcher._tell(*watcher._untold)  # nothing was heard for a while
+    assert len(started) == 21
+    assert "tpm_missing" in places.console.read_text().splitlines()[-1]
+    assert watcher._untold is None
 
 
 # --- what is remembered

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rigs.limits import in_time
 from rigs.server import PATIENCE, Server, wait_for
 from rigs.watch import Watch
 from rigs.webhook import Webhook
@@ -183,11 +184,18 @@ def test_a_command_that_fails_does_not_keep_the_webhook_from_being_told(
 def test_a_command_that_hangs_is_ended_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notify, "COMMAND_SECONDS", 0.3)
     pid_file = tmp_path / "pid"
     script = f"sleep 1000 & echo $! > {pid_file}; wait"
-    assert notify.run_command(Letter(EVENT, ("/bin/sh", "-c", script), None)) is False
-    pid = int(pid_file.read_text())
+
+    def hang(seconds: float) -> int:
+        """The child, which has to be there before the command's time is up."""
+        monkeypatch.setattr(notify, "COMMAND_SECONDS", seconds)
+        assert notify.run_command(Letter(EVENT, ("/bin/sh", "-c", script), None)) is False
+        assert pid_file.exists()
+        assert pid_file.read_text().endswith("\n")
+        return int(pid_file.read_text())
+
+    pid = in_time(hang, (0.3, 3.0, 30.0))
 
     def gone() -> bool:
         try:

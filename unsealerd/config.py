@@ -1,17 +1,17 @@
-"""The configuration: one TOML file, read strictly into values.
+"""The configuration of the daemon: one TOML file, read strictly into values.
 
 Every name in it is a contract. What is unknown, missing or out of range is `ConfigInvalid` with the place
-and the reason; nothing is guessed.
+and the reason; nothing is guessed. It says who may unlock the host, and is not for the gateway, which has a file
+of its own (`unsealerd.gateway.settings`).
 """
 
-import os
 import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 
+from unsealerd import tomlfile
 from unsealerd.errors import ConfigInvalid
 from unsealerd.model import KEY_NAME, Operation, SealKind
 
@@ -19,12 +19,14 @@ DEFAULT_PATH = Path("/etc/unsealerd/unsealerd.toml")
 
 MAX_KEYS = 4096
 MAX_OPERATORS = 32
-MAX_FILE_BYTES = 4 << 20
 MIN_KEY_BYTES = 16  # below the 128-bit security level
 MAX_KEY_BYTES = 1024
 MAX_EXTRA_RESETS = 3
 MAX_WINDOW = 86400  # seconds for which shares are kept in memory
 PCR_COUNT = 24
+MIN_AUDIT_BYTES = 1 << 20  # of a file of the audit log: room for many records of the greatest length
+MAX_AUDIT_BYTES = 16 << 30
+MAX_AUDIT_FILES = 100  # `unsealctl audit` has them all open
 
 MAX_SECONDS = 100 * 365 * 86400  # of a duration: what is added to the time of today is still a date
 
@@ -35,10 +37,9 @@ _MAX_ACCOUNT = 256  # characters of the name of a user or a group
 _TCTI = re.compile(r"(device:|swtpm:path=)/[^,\0]+")
 _DURATION = re.compile(r"([1-9][0-9]{0,9})(s|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_SIZE = re.compile(r"([1-9][0-9]{0,9})([MG])")
+_UNIT_BYTES = {"M": 1 << 20, "G": 1 << 30}
 _WEBHOOK = re.compile(r"https://[!-~]{1,1000}")
-_AT = re.compile(r"(.*) - at `(?:key in )?\$\.?([^`]*)`", re.DOTALL)
-
-T = TypeVar("T")
 
 
 class Daemon(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,8 +58,11 @@ class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     extra_resets: Annotated[int, msgspec.Meta(ge=0, le=MAX_EXTRA_RESETS)] = 0
 
 
-class Gateway(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    listen: tuple[str, ...] = ("[::]:8750",)
+class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    max_size: int = 64 << 20
+    """Bytes of a file of the audit log; the next record begins another."""
+    keep: Annotated[int, msgspec.Meta(ge=1, le=MAX_AUDIT_FILES)] = 15
+    """Closed files that are kept beside the one that is written to."""
 
 
 class Unlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,7 +122,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daemon: Daemon = Daemon()
     tpm: TpmTable = TpmTable()
     seal: Seal = Seal()
-    gateway: Gateway = Gateway()
+    audit: Audit = Audit()
     unlock: Unlock = Unlock()
     notify: Notify = Notify()
     metrics: Metrics = Metrics()
@@ -137,66 +141,58 @@ def parse_duration(text: str) -> int:
     return seconds
 
 
+def parse_size(text: str) -> int:
+    """Bytes of ``64M`` or ``1G``, in powers of 1024. Raises ``ValueError``."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 64M or 1G")
+    return int(match[1]) * _UNIT_BYTES[match[2]]
+
+
 def load(path: Path) -> Config:
     """Read and check the file. Raises `ConfigInvalid`."""
-    try:
-        with path.open("rb") as file:
-            # The size first: read(limit) would allocate the limit, and the malloc of the daemon fills what it allocates.
-            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-                raise ConfigInvalid(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-            data = file.read()
-    except OSError as err:
-        raise ConfigInvalid(f"{path}: {err.strerror}") from err
-    try:
-        return parse(data)
-    except ConfigInvalid as err:
-        raise ConfigInvalid(f"{path}: {err.detail}") from err
+    return tomlfile.load(path, parse)
 
 
 def parse(data: bytes) -> Config:
     """Check the text of a configuration. Raises `ConfigInvalid`."""
-    try:
-        tables = tomllib.loads(data.decode())
-        # tomllib recurses for each level of nesting, and gives RecursionError on hostile depth.
-    except (ValueError, RecursionError) as err:
-        raise ConfigInvalid(f"not TOML: {err}") from err
-    config = _config(tables)
+    config = _config(tomlfile.tables(data))
     _check_tpm(config.tpm)
     _check_operators(config)
     _check_keys(config.keys)
-    _check_listen(config.gateway)
+    if not MIN_AUDIT_BYTES <= config.audit.max_size <= MAX_AUDIT_BYTES:
+        raise ConfigInvalid(f"audit.max_size: from {MIN_AUDIT_BYTES >> 20}M to {MAX_AUDIT_BYTES >> 30}G")
     _check_notify(config.notify)
-    for name, place in (
-        ("daemon.state_dir", config.daemon.state_dir),
-        ("daemon.runtime_dir", config.daemon.runtime_dir),
-        ("metrics.textfile", config.metrics.textfile),
-    ):
-        if place is not None and not place.is_absolute():
-            raise ConfigInvalid(f"{name}: {place} is not an absolute path")
+    tomlfile.check_absolute("daemon.state_dir", config.daemon.state_dir)
+    tomlfile.check_absolute("daemon.runtime_dir", config.daemon.runtime_dir)
+    if config.metrics.textfile is not None:
+        tomlfile.check_absolute("metrics.textfile", config.metrics.textfile)
     return config
-
-
-def _path(kind: type, value: object) -> object:
-    if kind is Path and isinstance(value, str) and value and "\0" not in value:
-        return Path(value)
-    raise ValueError(f"expected a path, got {value!r}")
 
 
 def _config(tables: dict[str, object]) -> Config:
     """The values. Tables of which there may be many are read one by one, so that an error names the one."""
+    if "gateway" in tables:
+        raise ConfigInvalid(
+            "gateway: the gateway has a file of its own, gateway.toml beside this one. "
+            "What was in [gateway] goes there, without that line"
+        )
     rest = dict(tables)
     operators = [
-        _convert(f"operator[{number}]", table, Operator)
+        tomlfile.convert(f"operator[{number}]", table, Operator)
         for number, table in enumerate(_list("operator", rest.pop("operator", [])))
     ]
     keys = {name: _key(name, table) for name, table in _table("key", rest.pop("key", {})).items()}
     unlock = rest.get("unlock")
     if isinstance(unlock, dict) and "window" in unlock:
         rest["unlock"] = {**unlock, "window": _seconds("unlock.window", unlock["window"])}
+    audit = rest.get("audit")
+    if isinstance(audit, dict) and "max_size" in audit:
+        rest["audit"] = {**audit, "max_size": _bytes("audit.max_size", audit["max_size"])}
     tpm = rest.get("tpm")
     if isinstance(tpm, dict) and tpm.get("tcti") == "none":
         rest["tpm"] = {**tpm, "tcti": None}
-    config = _convert("", rest, Config)
+    config = tomlfile.convert("", rest, Config)
     return msgspec.structs.replace(config, operators=tuple(operators), keys=keys)
 
 
@@ -204,13 +200,22 @@ def _key(name: str, value: object) -> KeyConfig:
     place = f"key.{_shown(name)}"
     table = dict(_table(place, value))
     rules = [
-        _convert(f"{place}.allow[{number}]", rule, Rule)
+        tomlfile.convert(f"{place}.allow[{number}]", rule, Rule)
         for number, rule in enumerate(_list(f"{place}.allow", table.pop("allow", [])))
     ]
     for field in ("rotate_every", "overlap"):
         if field in table:
             table[field] = _seconds(f"{place}.{field}", table[field])
-    return msgspec.structs.replace(_convert(place, table, KeyConfig), allow=tuple(rules))
+    return msgspec.structs.replace(tomlfile.convert(place, table, KeyConfig), allow=tuple(rules))
+
+
+def _bytes(place: str, value: object) -> int:
+    if not isinstance(value, str):
+        raise ConfigInvalid(f'{place}: a size is text, such as "64M"')
+    try:
+        return parse_size(value)
+    except ValueError as err:
+        raise ConfigInvalid(f"{place}: {err}") from err
 
 
 def _seconds(place: str, value: object) -> int:
@@ -220,22 +225,6 @@ def _seconds(place: str, value: object) -> int:
         return parse_duration(value)
     except ValueError as err:
         raise ConfigInvalid(f"{place}: {err}") from err
-
-
-def _convert(place: str, value: object, kind: type[T]) -> T:
-    try:
-        return msgspec.convert(value, kind, strict=True, dec_hook=_path)
-    except msgspec.ValidationError as err:
-        raise ConfigInvalid(_with_place(place, str(err))) from err
-
-
-def _with_place(place: str, message: str) -> str:
-    """The library says what is wrong and then where in the value it was given; here the place comes first, and is whole."""
-    what, inner = message, ""
-    if match := _AT.fullmatch(message):
-        what, inner = match[1], match[2]
-    where = ".".join(part for part in (place, inner) if part)
-    return f"{where}: {what}" if where else what
 
 
 def _table(place: str, value: object) -> dict[str, object]:
@@ -331,18 +320,6 @@ def _check_rule(place: str, rule: Rule) -> None:
         raise ConfigInvalid(f"{place}: {account[:_MAX_ACCOUNT]!r} is not the name of a user or group")
     if not rule.operations or len(set(rule.operations)) != len(rule.operations):
         raise ConfigInvalid(f"{place}: operations are one or more of read, sign, verify")
-
-
-def _check_listen(gateway: Gateway) -> None:
-    if not gateway.listen:
-        raise ConfigInvalid("gateway.listen: empty; a gateway that listens nowhere unlocks nothing")
-    for address in gateway.listen:
-        host, separator, port = address.rpartition(":")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        if not (
-            separator and bare and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536
-        ) or (":" in bare and bare == host):
-            raise ConfigInvalid(f'gateway.listen: {address!r} is not "HOST:PORT" or "[IPV6]:PORT"')
 
 
 def _check_notify(notify: Notify) -> None:

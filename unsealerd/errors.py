@@ -206,6 +206,12 @@ class BackupDamaged(UnsealerdError):
     fault = Fault.STORED_DATA
 
 
+class BackupForeign(UnsealerdError):
+    """The backup is not of the keyring that is pinned on this host, or what is pinned cannot be read."""
+
+    fault = Fault.STORED_DATA
+
+
 class Rollback(UnsealerdError):
     """The backup is older than the TPM's counter says it must be."""
 

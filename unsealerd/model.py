@@ -27,6 +27,7 @@ class LockReason(enum.Enum):
     TPM_FAILED = "tpm_failed"
     ROLLBACK = "rollback"
     BACKUP_DAMAGED = "backup_damaged"
+    BACKUP_FOREIGN = "backup_foreign"
     STORAGE_FAILED = "storage_failed"
     LEASE_EXPIRED = "lease_expired"
     LOCKED_BY_ADMIN = "locked_by_admin"

@@ -16,11 +16,9 @@ from unsealerd.operator.hosts import Host, make_host
 PROGRAM = Path(__file__).resolve().with_name("gateway_program.py")
 ROOT = PROGRAM.parents[2]
 CONFIG = """
-[daemon]
+listen = {1}
 state_dir = "{0}/state"
 runtime_dir = "{0}/run"
-[gateway]
-listen = {1}
 """
 
 
@@ -75,7 +73,7 @@ class GatewayProcess:
         """An operator's entry for this gateway."""
         return make_host(name, address or self.addresses[0], self.certificate, added=0)
 
-    def wait_for(self, prefix: str, seconds: float = 20) -> str:
+    def wait_for(self, prefix: str, seconds: float = 60) -> str:
         """The next line of the log that begins so; those before it are dropped from the wait, not from `log`."""
         while True:
             line = self._lines.get(timeout=seconds)
@@ -88,7 +86,7 @@ class GatewayProcess:
         """Signal it, and wait for its end: the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        code = self.process.wait(30)
+        code = self.process.wait(60)
         self._reader.join()
         if self.process.stderr is not None:
             self.process.stderr.close()

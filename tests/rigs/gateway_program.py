@@ -26,8 +26,8 @@ def run(config: str, report: str, *limits: str) -> int:
             return main(["--config", config])
         import logging
 
-        from unsealerd.config import load
         from unsealerd.gateway.limits import Limits
+        from unsealerd.gateway.settings import load
 
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         values = {name: float(value) for name, _, value in (limit.partition("=") for limit in limits)}

@@ -10,11 +10,13 @@ import select
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Self
 
 _MESSAGE_BYTES = 65536
 _MAX_FDS = 64
+_PATIENCE = 60.0  # seconds
 
 # dup2 in two steps, so that no descriptor is overwritten before it was moved; then the variables, with the pid that exec keeps.
 _LAUNCH = """
@@ -54,6 +56,7 @@ class ServiceManager:
 
     def prefix(self) -> tuple[str, ...]:
         """To be put before the command of the daemon; with `pass_fds`."""
+        self.settle()  # what the one before said last counts, too
         self._drop_hung_up()
         with self._mutex:
             fds, names = [fd for _, fd in self._kept], [name for name, _ in self._kept]
@@ -75,12 +78,14 @@ class ServiceManager:
                     os.close(entry[1])
 
     def names(self) -> list[str]:
+        self.settle()
         self._drop_hung_up()
         with self._mutex:
             return [name for name, _ in self._kept]
 
     def copies(self, prefix: str = "memory-") -> list[int]:
         """Duplicates of the descriptors whose names begin so; the caller closes them."""
+        self.settle()
         with self._mutex:
             return [os.dup(fd) for name, fd in self._kept if name.startswith(prefix)]
 
@@ -92,6 +97,10 @@ class ServiceManager:
 
     def empty(self, prefix: str = "") -> None:
         """As when the unit is stopped."""
+        self.settle()
+        self._drop(prefix)
+
+    def _drop(self, prefix: str) -> None:
         with self._mutex:
             for entry in [entry for entry in self._kept if entry[0].startswith(prefix)]:
                 self._kept.remove(entry)
@@ -137,13 +146,15 @@ class ServiceManager:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             token = os.urandom(8).hex()
             channel.sendto(f"BARRIER={token}".encode(), os.fspath(self._path))
+        deadline = time.monotonic() + _PATIENCE
         while token not in self.said("BARRIER"):
+            assert time.monotonic() < deadline, "the service manager does not take its messages"
             select.select([], [], [], 0.005)
 
     def close(self) -> None:
         os.write(self._end_write, b"x")
         self._thread.join()
-        self.empty()
+        self._drop("")
         self._socket.close()
         os.close(self._end_read)
         os.close(self._end_write)

@@ -25,6 +25,7 @@ from rigs.swtpm import RigError, SoftwareTpm
 from unsealerd.core.age import X25519Identity
 
 CONFIG = "/etc/unsealerd/unsealerd.toml"
+GATEWAY_CONFIG = "/etc/unsealerd/gateway.toml"
 _REBOOT = 133  # the exit code of nspawn when the machine inside reboots
 _TPM_INSIDE = "/mnt/tpm"
 _NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd")
@@ -212,12 +213,12 @@ class Machine:
         """A file of the machine, on or off."""
         return self.run(["cat", path]).stdout if self.alive else self.offline(["cat", path])
 
-    def install(self) -> str:
+    def install(self, *options: str) -> str:
         """Install the package again, as an upgrade to a newer one would; what dpkg says."""
         assert self._layers.package is not None
         self.write("/run/package.deb", self._layers.package.read_bytes())
         # The disk of a test may be slow, and loses nothing.
-        return self.text("dpkg", "--force-unsafe-io", "--install", "/run/package.deb")
+        return self.text("dpkg", "--force-unsafe-io", *options, "--install", "/run/package.deb")
 
     def exists(self, path: str) -> bool:
         return self.run(["test", "-e", path], check=False).returncode == 0
@@ -285,12 +286,7 @@ class Machine:
                 )
                 + self.tables
             )
-        self.write(CONFIG, text, 0o640)
-        group = ["chgrp", "unsealerd-gateway", CONFIG]
-        if self.alive:
-            self.run(group)
-        else:
-            self.offline(group)
+        self.write(CONFIG, text, 0o640)  # the group is the one that the package has given it
 
     def initialise(self) -> Self:
         """Configure, restart the daemon and initialise: unlocked, and the gateway runs."""

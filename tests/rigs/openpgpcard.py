@@ -67,7 +67,8 @@ class OpenPgpCard:
     def reset(self) -> None:
         self.resets += 1
         with self._lock:
-            self._send(b"")
+            if self._open:
+                self._send(b"")
 
     def process(self, apdu: bytes) -> bytes | None:
         if self.before is not None:
@@ -75,6 +76,8 @@ class OpenPgpCard:
         self.commands.append(apdu[:4] if apdu[1] == 0x20 else apdu)
         # The third party left SELECT DATA out (section 7.2.5), without which OpenSC's PKCS#11 module takes no card.
         answer = b"\x90\x00" if apdu[1] == 0xA5 else self._exchange(apdu)
+        if answer is None:
+            return None
         return self.mangle(apdu[:4], answer) if self.mangle is not None else answer
 
     # --- the owner's side
@@ -111,14 +114,24 @@ class OpenPgpCard:
     def _as_admin(self, command: bytes) -> None:
         for each in (_SELECT, bytes.fromhex("00200083") + bytes([len(ADMIN_PIN)]) + ADMIN_PIN, command):
             answer = self._exchange(each)
+            assert answer is not None
             assert answer[-2:] == b"\x90\x00", (each.hex(), answer.hex())
         self.reset()
         self.resets -= 1
 
     # --- the process
 
-    def _exchange(self, apdu: bytes) -> bytes:
+    @property
+    def _open(self) -> bool:
+        """A reader may still power a card off when its process has ended: it is out then."""
+        assert self._process.stdin is not None
+        return not self._process.stdin.closed
+
+    def _exchange(self, apdu: bytes) -> bytes | None:
+        """The answer; None after `close`."""
         with self._lock:
+            if not self._open:
+                return None
             self._send(apdu)
             return self._receive()
 

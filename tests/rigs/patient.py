@@ -5,7 +5,6 @@ import copy
 import os
 import socket
 import ssl
-import threading
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +50,13 @@ def status(now: int) -> dict[str, Any]:
         },
         "operators": [{"name": "alice", "proven": now - DAY}, {"name": "bob", "proven": now - 2 * DAY}],
         "backup": {"path": "/x", "written": now - 100},
+        "keyring": {
+            "id": "5a" * 32,
+            "file": "/etc/unsealerd/keyring.id",
+            "pinned": "5a" * 32,
+            "error": None,
+            "foreign": None,
+        },
         "secret_memory": "memfd_secret",
         "memory": {"kept": True, "why": None},
         "warnings": [],
@@ -80,6 +86,7 @@ class Patient(StubDaemon):
         self.run = directory / "run"
         self.bin = directory / "bin"
         self.config = directory / "unsealerd.toml"
+        self.gateway_config = directory / "gateway.toml"
         for path in (self.root, self.state, self.run, self.bin):
             path.mkdir()
         super().__init__(self.run)
@@ -90,6 +97,7 @@ class Patient(StubDaemon):
         self.backup: Any = {"generation": 3}
         self.audit = ["start", "unseal", "unsealed"]
         self.reason = "pcr_mismatch"
+        self.audit_size, self.audit_keep = "1M", 1
         self.tables = '[notify]\ncommand = ["/bin/true"]\n'
         self.systemctl_code = 0
         self.units: dict[str, dict[str, str]] = {
@@ -128,7 +136,7 @@ class Patient(StubDaemon):
 
         with self._lock:
             self._open.append(listener)
-        threading.Thread(target=self._accept, args=(listener, greet), daemon=True).start()
+        self._spawn(self._accept, listener, greet)
 
     def _files(self) -> None:
         self.put("proc/swaps", "Filename Type Size Used Priority\n")
@@ -154,12 +162,19 @@ class Patient(StubDaemon):
         """Put everything where it is looked for."""
         self.config.write_text(
             f'[daemon]\nstate_dir = "{self.state}"\nruntime_dir = "{self.run}"\n'
-            f'[gateway]\nlisten = ["0.0.0.0:{self.port}"]\n'
             '[[operator]]\nname = "alice"\nrecipient = "age1a"\ngroups = ["ops"]\n'
             '[[operator]]\nname = "bob"\nrecipient = "age1b"\n'
-            '[key.web]\nowner = "a"\npurpose = "b"\non_rotate = ["web.service"]\n' + self.tables
+            '[key.web]\nowner = "a"\npurpose = "b"\non_rotate = ["web.service"]\n'
+            f'[audit]\nmax_size = "{self.audit_size}"\nkeep = {self.audit_keep}\n' + self.tables
         )
         self.config.chmod(0o640)
+        self.gateway_config.write_text(
+            f'listen = ["0.0.0.0:{self.port}"]\nstate_dir = "{self.state}"\nruntime_dir = "{self.run}"\n'
+        )
+        self.gateway_config.chmod(0o644)
+        id_file = self.config.with_name("keyring.id")
+        id_file.write_text(f"unsealerd-keyring-id-v1 {'5a' * 32}\n")
+        id_file.chmod(0o644)
         (self.run / "admin").chmod(0o600)
         previous, lines = GENESIS, []
         for number, event in enumerate(self.audit, 1):

@@ -144,6 +144,11 @@ class Pcscd:
         self.await_card(READER_2 if slot else READER)
         return inserted
 
+    def pull(self, inserted: "Inserted", slot: int = 0) -> None:
+        """Returns when the service knows that the card is out."""
+        inserted.remove()
+        self.await_card(READER_2 if slot else READER, present=False)
+
     def await_card(self, reader: str, *, present: bool = True) -> None:
         """Until the service says that there is a card, or none, in a reader."""
         from smartcard import scard
@@ -240,6 +245,7 @@ class Inserted:
     def __init__(self, card: VirtualCard, connection: socket.socket) -> None:
         self.card = card
         self.powered = threading.Event()
+        self._out = threading.Event()
         self._socket = connection
         self._socket.settimeout(None)
         self._thread = threading.Thread(target=self._serve, name="card", daemon=True)
@@ -247,11 +253,12 @@ class Inserted:
 
     @property
     def alive(self) -> bool:
-        """The card is in."""
-        return self._thread.is_alive()
+        """The card is in: false before the reader can see that it is not."""
+        return not self._out.is_set()
 
     def remove(self) -> None:
         """Pull the card out."""
+        self._out.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self.join()
@@ -262,7 +269,7 @@ class Inserted:
 
     def _serve(self) -> None:
         """vpcd's protocol: a length of two bytes, then a control code of one byte, or a command."""
-        with self._socket, contextlib.suppress(OSError):
+        with self._socket, self._until_out(), contextlib.suppress(OSError):
             while (message := self._receive()) is not None:
                 match message:
                     case b"\x00" | b"\x01" | b"\x02":
@@ -276,6 +283,14 @@ class Inserted:
                 if answer is None:
                     return
                 self._socket.sendall(struct.pack(">H", len(answer)) + answer)
+
+    @contextlib.contextmanager
+    def _until_out(self) -> Iterator[None]:
+        """It is out for `alive` before the connection is closed, and so before anybody else knows."""
+        try:
+            yield
+        finally:
+            self._out.set()
 
     def _receive(self) -> bytes | None:
         head = self._exactly(2)

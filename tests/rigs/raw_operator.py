@@ -26,7 +26,7 @@ class Refusal:
 class RawOperator:
     """One channel of its own, and at most one stream on it."""
 
-    def __init__(self, host: Host, seconds: float = 30, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(self, host: Host, seconds: float = 60, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         options = [
             ("grpc.ssl_target_name_override", "unsealerd.invalid"),
             # Otherwise gRPC shares one connection between all channels to one address.

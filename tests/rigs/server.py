@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,7 @@ class Server:
         self.state = self.base / "state"
         self.run_dir = self.base / "run"
         self.config = self.base / "unsealerd.toml"
+        self.gateway_config = self.base / "gateway.toml"
         self.identity_file = self.base / "alice.txt"
         self.identity = X25519Identity.generate()
         self.identity_file.write_text(f"# a test\n{self.identity.encode()}\n")
@@ -70,6 +72,7 @@ class Server:
         self._gateway: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self.configure()
+        self.configure_gateway("127.0.0.1:0", "[::1]:0")
 
     def configure(self, text: str | None = None) -> None:
         """Write the configuration; without `text`, the one that the attributes make."""
@@ -78,7 +81,6 @@ class Server:
             text = (
                 f'[daemon]\nstate_dir = "{self.state}"\nruntime_dir = "{self.run_dir}"\n'
                 f'[tpm]\ntcti = "{tcti}"\npcrs = {list(self.pcrs)}\n'
-                '[gateway]\nlisten = ["127.0.0.1:0", "[::1]:0"]\n'
                 + "".join(
                     f'[[operator]]\nname = "{name}"\nrecipient = "{recipient}"\n'
                     for name, recipient in self.operators.items()
@@ -90,6 +92,12 @@ class Server:
                 + self.tables
             )
         self.config.write_text(text)
+
+    def configure_gateway(self, *listen: str) -> None:
+        """Write the gateway's file."""
+        self.gateway_config.write_text(
+            f'listen = {json.dumps(listen)}\nstate_dir = "{self.state}"\nruntime_dir = "{self.run_dir}"\n'
+        )
 
     # --- the daemon
 
@@ -223,7 +231,10 @@ class Server:
         return self.client.read(name)
 
     def audit(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.state / "audit.jsonl").read_text().splitlines()]
+        whole, _, _ = (
+            (self.state / "audit.jsonl").read_text().rpartition("\n")
+        )  # the last may be half written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def events(self) -> list[str]:
         return [str(record["event"]) for record in self.audit()]
@@ -231,12 +242,13 @@ class Server:
     # --- the gateway
 
     def start_gateway(self) -> str:
-        """Returns HOST:PORT of its first listener."""
+        """Returns HOST:PORT of its first listener; it listens on all of them."""
+        listeners = len(tomllib.loads(self.gateway_config.read_text())["listen"])
         log = self.base / "gateway.log"
         seen = log.stat().st_size if log.exists() else 0
         with log.open("ab") as out:
             self._gateway = subprocess.Popen(
-                [PROGRAMS / "unsealerd-gateway", "--config", str(self.config)],
+                [PROGRAMS / "unsealerd-gateway", "--config", str(self.gateway_config)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -251,7 +263,7 @@ class Server:
                 if "listening on " in line
             ]
 
-        wait_for(lambda: bool(addresses()) or process.poll() is not None, "the gateway")
+        wait_for(lambda: len(addresses()) == listeners or process.poll() is not None, "the gateway")
         assert process.poll() is None, log.read_text()
         self.address = addresses()[0]
         return self.address

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
+_PATIENCE = 10.0  # seconds
+
 Parameters = dict[str, object]
 Answer = Parameters | bytes | Callable[[Parameters], "Parameters | bytes"]
 """Reply parameters; or raw bytes to send as they are, after which the connection is closed; or what
@@ -38,6 +40,7 @@ class StubDaemon:
         self.keys: dict[str, bytes | None] = {}
         self.accepted = 0
         self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -60,7 +63,12 @@ class StubDaemon:
         with self._lock:
             self._open.append(listener)
         serve = self._converse if name in ("keys", "admin") else lambda peer: self._give(name, peer)
-        threading.Thread(target=self._accept, args=(listener, serve), daemon=True).start()
+        self._spawn(self._accept, listener, serve)
+
+    def _spawn(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def give(self, name: str, data: bytes | None) -> None:
         """Serve a key socket such as ``key/NAME``; None: hold the reader."""
@@ -70,11 +78,16 @@ class StubDaemon:
     def stop(self) -> None:
         """End every connection and listener, as the end of the process does; the socket files stay."""
         with self._lock:
-            for one in self._open:
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
-                one.close()
-            self._open.clear()
+            ending, self._open = self._open, []
+        for one in ending:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        # Closed only when no thread is about to use the descriptor, whose number is soon another socket's.
+        for thread in self._threads:
+            thread.join(_PATIENCE)
+        self._threads.clear()
+        for one in ending:
+            one.close()
 
     def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         while True:
@@ -85,7 +98,7 @@ class StubDaemon:
             with self._lock:
                 self._open.append(peer)
                 self.accepted += 1
-            threading.Thread(target=self._serve, args=(peer, serve), daemon=True).start()
+            self._spawn(self._serve, peer, serve)
 
     def _serve(self, peer: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         with peer, contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ from unsealerd.daemon.varlink import (
 from unsealerd.errors import AccessDenied, Locked
 
 T = TypeVar("T")
-PATIENCE = 20.0  # seconds until a test gives up waiting for a condition
+PATIENCE = 60.0  # seconds until a test gives up waiting for a condition
 
 DESCRIPTION = """# A toy.
 interface org.example.toy

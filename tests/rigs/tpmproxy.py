@@ -17,7 +17,7 @@ from .swtpm import SoftwareTpm
 
 _HEADER = struct.Struct(">HII")  # tag, size, command or response code
 _NO_SESSIONS = 0x8001
-_IO_SECONDS = 30.0
+_IO_SECONDS = 60.0
 
 
 class Command(enum.IntEnum):

@@ -94,7 +94,7 @@ class UnlockDaemon:
     def connections(self) -> int:
         return self._connections
 
-    def wait_for_connections(self, count: int, seconds: float = 10) -> bool:
+    def wait_for_connections(self, count: int, seconds: float = 60) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self._connections == count, seconds)
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from vm import qemu
-from vm.errors import Broken, GuestSilent, NotInMirror, RigError
+from vm.errors import Broken, GuestSilent, NotHere, NotInMirror, RigError
 from vm.images import CHECKOUT, image
 from vm.scenarios import all_scenarios
 from vm.server import Server
-from vm.table import Row, Scenario, Table, progress
+from vm.table import Outcome, Row, Scenario, Table, document, progress
 
 RELEASES = ("bookworm", "trixie")
 _DOCUMENT = CHECKOUT / "docs" / "reboots.md"
@@ -35,15 +35,14 @@ def main() -> int:
     except RigError as err:
         print(f"test-vm: {err}\nhint: the logs are in {logs}", file=sys.stderr)
         return 1
-    text = "\n".join(table.markdown() for table in tables)
-    print(text)
-    rows = [row for table in tables for row in table.rows]
-    if not rows or not all(row.held for row in rows):
+    print("\n".join(table.markdown() for table in tables))
+    played = [table for table in tables if table.rows]
+    if not played or not all(table.holds for table in played):
         print(f"test-vm: not everything held\nhint: the logs are in {logs}", file=sys.stderr)
         return 1
     shutil.rmtree(logs)
     if arguments.write_docs:
-        _DOCUMENT.write_text(f"{_PREFACE}\n{text}")
+        _DOCUMENT.write_text(document(_PREFACE, _DOCUMENT.read_text() if _DOCUMENT.exists() else "", tables))
         progress(f"wrote {_DOCUMENT}")
     return 0
 
@@ -57,7 +56,12 @@ def _parse() -> argparse.Namespace:
         action="append",
         help="of the scenarios, those whose title has TEXT; the first in any case; can be given again",
     )
-    parser.add_argument("--cuts", type=int, default=6, help="power cuts in each of the two loops (default 6)")
+    parser.add_argument(
+        "--cuts",
+        type=int,
+        default=4,
+        help="power cuts, each with a boot, in each of the two loops (default 4)",
+    )
     parser.add_argument("--package", type=Path, metavar="DEB", help="test this package, and do not build one")
     parser.add_argument(
         "--write-docs", action="store_true", help="write the table to docs/reboots.md if all held"
@@ -94,7 +98,7 @@ def _play(release: str, arguments: argparse.Namespace, logs: Path) -> Table:
     finally:
         server.machine.cut()
         for disk in logs.glob("m/**/*"):
-            if disk.name in ("root", "state", "overlay", "writes") and disk.is_file():
+            if disk.name in ("root", "state", "overlay", "writes", "before") and disk.is_file():
                 disk.unlink()
     minutes = (time.monotonic() - started) / 60
     progress(f"{release}: {server.machine.boots} boots in {minutes:.1f} minutes")
@@ -108,23 +112,25 @@ def _play(release: str, arguments: argparse.Namespace, logs: Path) -> Table:
 def _rows(server: Server, scenarios: list[Scenario]) -> list[Row]:
     rows: list[Row] = []
     for scenario in scenarios:
-        if rows and rows[0].held is False:
-            rows.append(Row(scenario, "not reached", 0, None))
+        if rows and rows[0].outcome is Outcome.BROKEN:
+            rows.append(Row(scenario, "not reached", 0, Outcome.NOT_REACHED))
             continue
         started = time.monotonic()
         try:
             if rows:
                 server.ready()
             started = time.monotonic()
-            row = Row(scenario, scenario.play(server), time.monotonic() - started, True)
+            row = Row(scenario, scenario.play(server), time.monotonic() - started, Outcome.HELD)
+        except NotHere as err:
+            row = Row(scenario, str(err), time.monotonic() - started, Outcome.NOT_HERE)
         except (Broken, RigError) as err:
-            row = Row(scenario, str(err), time.monotonic() - started, False)
+            row = Row(scenario, str(err), time.monotonic() - started, Outcome.BROKEN)
             _keep_journal(server, len(rows))
             if isinstance(err, GuestSilent):
                 server.machine.cut()  # the next one starts it anew
         rows.append(row)
         progress(
-            f"{server.release}: {'held  ' if row.held else 'BROKEN'} {row.seconds:4.0f} s  {scenario.done}: {row.seen}"
+            f"{server.release}: {row.outcome.value.strip('*'):10} {row.seconds:4.0f} s  {scenario.done}: {row.seen}"
         )
     return rows
 

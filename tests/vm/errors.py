@@ -19,3 +19,7 @@ class GuestFailed(RigError):
 
 class Broken(AssertionError):
     """Something was seen that should not be."""
+
+
+class NotHere(Exception):
+    """The release under test does not have what the scenario is about."""

@@ -1,19 +1,42 @@
 """One virtual server: its disks, its TPM, and whatever runs on it while it is on."""
 
+import os
 import random
-import subprocess
+import select
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from vm import ext4
 from vm.agentlink import AgentLink, Done
 from vm.errors import GuestSilent, RigError
 from vm.images import Image
-from vm.qemu import Processes, program
-from vm.writelog import Loss, settle
+from vm.notes import DISK, FILE_SYSTEM
+from vm.programs import copy, quietly
+from vm.qemu import Processes
+from vm.writelog import Log
 
 BOOT_SECONDS = 300.0  # 10 to 20 on an idle machine
 STOP_SECONDS = 200.0
-_STATE_SIZE = "48M"
-_WRITES_A_SECOND = 40
+_WRITES_A_SECOND = 50
+_NOTHING_LOST = 1.0
+_LOG = "writes"
+_LOOK = 0.01  # seconds between two looks
+_LOOKS = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """The power was cut in the middle of something; what is known of it."""
+
+    before: Path
+    """The disk of the state as it was when the machine was switched on."""
+    log: Log
+
+    def forget(self) -> None:
+        self.before.unlink()
+        self.log.path.unlink()
 
 
 class Machine:
@@ -35,9 +58,9 @@ class Machine:
         self._starts = 0
         self._processes: Processes | None = None
         self._link: AgentLink | None = None
-        _copy(image.disk, self.root)
-        _quiet("truncate", "-s", _STATE_SIZE, str(self.state))
-        _quiet(program("mke2fs"), "-q", "-t", "ext4", "-m", "0", str(self.state))
+        copy(image.disk, self.root)
+        quietly("truncate", "-s", str(DISK), str(self.state))
+        quietly("mke2fs", "-q", "-t", "ext4", "-m", "0", str(self.state), f"{FILE_SYSTEM >> 10}k")
 
     # --- power
 
@@ -69,32 +92,74 @@ class Machine:
 
     def wait_for_power_off(self) -> None:
         """Until the guest has switched itself off."""
-        if self._processes is None:
-            raise RigError("the machine is off")
-        self._processes.wait_for_end(STOP_SECONDS)
-        self._off(None)
+        self._on().wait_for_end(STOP_SECONDS)
+        self._off()
 
     def reset(self) -> None:
         """The reset button."""
+        self._on().monitor("system_reset")
+
+    def cut(self) -> None:
+        """Switch it off, now. The disk has time to write what it was given."""
+        if self._processes is not None:
+            self._processes.cut()
+            self._off()
+
+    def crash(self, when: Callable[[Log], bool], share: float, chance: random.Random) -> Crash:
+        """Pull the plug, at the first moment at which ``when`` holds of the log of the disk.
+
+        What was not flushed is there to this share. The disk from before and the log stay, until `Crash.forget`.
+        """
+        processes = self._on()
+        log = self.log()
+        for _ in range(_LOOKS):
+            processes.freeze()
+            log = self.log()
+            if log.whole and when(log):
+                break
+            processes.thaw()
+            select.select([], [], [], _LOOK)
+        else:
+            raise RigError("the moment to pull the plug does not come")
+        processes.cut()
+        crash = Crash(processes.directory / "before", log)
+        copy(self.state, crash.before)
+        self._off(share, chance, keep=True)
+        return crash
+
+    def log(self) -> Log:
+        """What the guest has written to the disk of the state, up to now."""
+        return Log.read(self._on().directory / _LOG)
+
+    def files_on_disk(self) -> set[str]:
+        """The names of the files on the disk of the state as it is, whether the machine is on or off."""
+        directory = self.directory / "look"
+        directory.mkdir()
+        try:
+            copy(self.state, directory / "disk")
+            if self.on:
+                log = self.log()
+                log.settle(directory / "disk", log.cut(_NOTHING_LOST), random.Random())
+            ext4.extract(directory / "disk", directory / "files")
+            return set(os.listdir(directory / "files"))
+        finally:
+            shutil.rmtree(directory)
+
+    def _on(self) -> Processes:
         if self._processes is None:
             raise RigError("the machine is off")
-        self._processes.monitor("system_reset")
+        return self._processes
 
-    def cut(self, chance: random.Random | None = None) -> Loss:
-        """Pull the plug. `chance` decides what is left of what was not flushed; without it, everything."""
-        if self._processes is None:
-            return Loss(0, 0)
-        self._processes.cut()
-        return self._off(chance)
-
-    def _off(self, chance: random.Random | None) -> Loss:
-        assert self._processes is not None
-        run = self._processes.directory
+    def _off(
+        self, share: float = _NOTHING_LOST, chance: random.Random | None = None, *, keep: bool = False
+    ) -> None:
+        run = self._on().directory
         self._processes = self._link = None
-        loss = settle(run / "writes", self.state, chance)
-        (run / "writes").unlink()
+        log = Log.read(run / _LOG)
+        log.settle(self.state, log.cut(share), chance or random.Random())
         (run / "overlay").unlink()
-        return loss
+        if not keep:
+            log.path.unlink()
 
     # --- inside
 
@@ -122,27 +187,17 @@ class Machine:
 
     def copy_disks(self, name: str) -> Path:
         """What somebody has who takes the disks away for a minute."""
-        copy = self.directory / name
-        copy.mkdir()
-        _copy(self.root, copy / "root")
-        _copy(self.state, copy / "state")
-        return copy
+        taken = self.directory / name
+        taken.mkdir()
+        copy(self.root, taken / "root")
+        copy(self.state, taken / "state")
+        return taken
 
-    def put_disks(self, copy: Path) -> None:
+    def put_disks(self, taken: Path) -> None:
         if self.on:
             raise RigError("the machine is on")
-        _copy(copy / "root", self.root)
-        _copy(copy / "state", self.state)
-
-
-def _copy(source: Path, target: Path) -> None:
-    _quiet("cp", "--sparse=always", "--reflink=auto", str(source), str(target))
-
-
-def _quiet(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RigError(f"{' '.join(command)}: {done.stderr[-500:]}")
+        copy(taken / "root", self.root)
+        copy(taken / "state", self.state)
 
 
 def _root_disk(medium: Path) -> list[str]:
@@ -158,8 +213,8 @@ def _state_disk(medium: Path, run: Path) -> list[str]:
     It is as slow as a hard disk, so that a power cut often finds something that is not flushed. Not NVMe: QEMU's
     ignores "force unit access", which file systems rely on; for virtio they flush instead.
     """
-    overlay, log = run / "overlay", run / "writes"
-    _quiet(program("qemu-img"), "create", "-q", "-f", "qcow2", "-b", str(medium), "-F", "raw", str(overlay))
+    overlay, log = run / "overlay", run / _LOG
+    quietly("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(medium), "-F", "raw", str(overlay))
     log.touch()
     return [
         "-blockdev", f"driver=qcow2,node-name=overlay,file.driver=file,file.filename={overlay}",

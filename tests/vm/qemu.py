@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from rigs.server import wait_for
 
 from vm.errors import RigError
+from vm.programs import program
 
 _PATIENCE = 60.0  # seconds for a process to start or to end
 _MEMORY_MB = 512
@@ -30,13 +30,6 @@ def version() -> str:
         [program("qemu-system-x86_64"), "--version"], capture_output=True, text=True, check=True
     )
     return said.stdout.split("(")[0].removeprefix("QEMU emulator version").strip()
-
-
-def program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise RigError(f"{name} is missing")
-    return found
 
 
 class Processes:
@@ -174,6 +167,21 @@ class Processes:
         except subprocess.TimeoutExpired as err:
             raise RigError(f"the machine did not switch itself off in {seconds} s") from err
         self.cut()
+
+    def freeze(self) -> None:
+        """The guest stands still; returns once all threads do. Raises RigError if QEMU has ended."""
+        pid = self._qemu.pid
+        self._qemu.send_signal(signal.SIGSTOP)
+        try:
+            # Not reaped, should it have ended: that is for `cut`.
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            # That is told once, so that the next time is waited for.
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+        except ChildProcessError as err:
+            raise RigError("QEMU has ended") from err
+
+    def thaw(self) -> None:
+        self._qemu.send_signal(signal.SIGCONT)
 
     def cut(self) -> None:
         """Power off, now: nothing is flushed, nobody is asked."""

@@ -41,10 +41,10 @@ class Server:
         self.machine = Machine(directory / "m", image)
         self.release = image.release
         self.identity = directory / "alice.txt"
-        identity = X25519Identity.generate()
+        self.key_of_operator = X25519Identity.generate()
         self.identity.touch(0o600)
-        self.identity.write_text(f"{identity.encode()}\n")
-        self.recipient = str(identity.recipient)
+        self.identity.write_text(f"{self.key_of_operator.encode()}\n")
+        self.recipient = str(self.key_of_operator.recipient)
         self._hosts = directory / "hosts.json"
 
     # --- the server

@@ -5,9 +5,9 @@ QEMU's block filter `blklogwrites` keeps each request in a file, in the format o
     superblock   magic, version, entries, sector size: 8 + 8 + 8 + 4 bytes, padded to a sector
     entry        sector, sectors, flags, data length: 8 bytes each, padded to a sector, then the data
 
-All numbers are little endian. What was written before the last flush, or with FUA, is on the disk. Of what came
-after, each 512-byte sector is there or not, as it happens: a disk may do its cached writes in any order, and
-lose power in the middle of one.
+All numbers are little endian. A request stands there once it has come to its end, and the guest is told afterwards.
+What was written before the last flush, or with FUA, is on the disk. Of what came after, each 512-byte sector is there or
+not, as it happens: a disk may do its cached writes in any order, and lose power in the middle of one.
 """
 
 import random
@@ -36,6 +36,22 @@ class Write:
     position: int
     """Where its data is in the log."""
 
+    @property
+    def flushes(self) -> bool:
+        return bool(self.flags & _FLUSH)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A power cut after the first ``end`` requests of a log.
+
+    Of these the first ``kept`` are on the disk, and those with FUA; of the others this share of the sectors.
+    """
+
+    end: int
+    kept: int
+    share: float
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -45,8 +61,67 @@ class Loss:
     lost: int
 
 
-def requests(log: BinaryIO) -> Iterator[Write]:
-    """All requests in the order in which they came. Raises RigError if it is no log."""
+@dataclass(frozen=True, slots=True)
+class Log:
+    """All requests of one run of a machine, in the order in which they came to their end."""
+
+    path: Path
+    writes: tuple[Write, ...]
+    whole: bool
+    """Whether the file ends with the last of them. If not, QEMU is in the middle of writing one."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Log":
+        """Raises RigError if it is no log."""
+        with path.open("rb") as file:
+            writes = tuple(_requests(file))
+            end = writes[-1].position + writes[-1].size if writes else SECTOR
+            return cls(path, writes, whole=end == file.seek(0, 2))
+
+    def flushed(self, end: int) -> int:
+        """How many of the first ``end`` requests are on the disk for sure: up to the last flush among them."""
+        return next((index + 1 for index in reversed(range(end)) if self.writes[index].flushes), 0)
+
+    def cut(self, share: float) -> Cut:
+        """At the end of the log."""
+        return Cut(len(self.writes), self.flushed(len(self.writes)), share)
+
+    def data(self, file: BinaryIO, write: Write) -> bytes:
+        file.seek(write.position)
+        return file.read(write.size)
+
+    def text(self, write: Write) -> str:
+        """What was written, up to the first zero; for the test's own notes beside the file system."""
+        with self.path.open("rb") as file:
+            return self.data(file, write).partition(b"\0")[0].decode(errors="replace")
+
+    def settle(self, medium: Path, cut: Cut, chance: random.Random, *, since: int = 0) -> Loss:
+        """Bring the medium to a state in which that power cut may have left it.
+
+        ``since``: of the requests that are kept, so many have been brought there before.
+        """
+        unflushed = lost = 0
+        with self.path.open("rb") as log, medium.open("r+b") as disk:
+            for index in range(min(since, cut.kept), cut.end):
+                write = self.writes[index]
+                if not write.size:
+                    continue
+                data = self.data(log, write)
+                if index < cut.kept or write.flags & _FUA:
+                    disk.seek(write.offset)
+                    disk.write(data)
+                    continue
+                for start in range(0, write.size, SECTOR):
+                    unflushed += 1
+                    if chance.random() >= cut.share:
+                        lost += 1
+                        continue
+                    disk.seek(write.offset + start)
+                    disk.write(data[start : start + SECTOR])
+        return Loss(unflushed, lost)
+
+
+def _requests(log: BinaryIO) -> Iterator[Write]:
     header = log.read(_SUPER.size)
     if len(header) < _SUPER.size:
         raise RigError("the log of the disk is empty")
@@ -65,30 +140,3 @@ def requests(log: BinaryIO) -> Iterator[Write]:
             return
         yield Write(number * sector, size, flags, position + sector)
         position += sector + size
-
-
-def settle(log_file: Path, medium: Path, chance: random.Random | None) -> Loss:
-    """Bring the medium to a state in which the power cut may have left it; with no chance, nothing is lost."""
-    with log_file.open("rb") as log, medium.open("r+b") as disk:
-        writes = list(requests(log))
-        flushed = max((index for index, write in enumerate(writes) if write.flags & _FLUSH), default=-1)
-        unflushed = lost = 0
-        # Nothing of the cache, all of it, or a part: each is a third of the cuts.
-        share = 1.0 if chance is None else chance.choice((0.0, 0.5, 1.0))
-        for index, write in enumerate(writes):
-            if not write.size:
-                continue
-            log.seek(write.position)
-            data = log.read(write.size)
-            if index <= flushed or write.flags & _FUA:
-                disk.seek(write.offset)
-                disk.write(data)
-                continue
-            for start in range(0, write.size, SECTOR):
-                unflushed += 1
-                if chance is not None and chance.random() >= share:
-                    lost += 1
-                    continue
-                disk.seek(write.offset + start)
-                disk.write(data[start : start + SECTOR])
-    return Loss(unflushed, lost)

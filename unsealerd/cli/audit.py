@@ -1,27 +1,23 @@
-"""``unsealctl audit``: the audit log and its chain, read from the file itself, so that it works without the
+"""``unsealctl audit``: the audit log and its chain, read from the files themselves, so that it works without the
 daemon.
 """
 
-import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
 
 from unsealerd.cli.app import App
+from unsealerd.cli.chainedlog import ChainedLog
 from unsealerd.cli.command import Command
 from unsealerd.cli.output import print_line
-from unsealerd.errors import AccessDenied, AuditBroken, NotInitialised
 
 if TYPE_CHECKING:
     from unsealerd.core.auditchain import Record
 
-AUDIT_LOG = "audit.jsonl"
 _POLL_SECONDS = 0.2
-_CHUNK_BYTES = 1 << 20
 _CHAIN_FIELDS = frozenset({"seq", "time", "event", "prev", "hash"})
 
 
@@ -29,98 +25,50 @@ _CHAIN_FIELDS = frozenset({"seq", "time", "event", "prev", "hash"})
 @click.option("--follow", is_flag=True, help="Keep on printing records as they are written.")
 @click.pass_obj
 def audit(app: App, follow: bool) -> None:
-    """Show the audit log, and check its chain.
+    """Show the audit log, oldest records first, and check its chain.
 
     With --json one object; with --json --follow one object for each record, on a line of its own.
     """
-    log = ChainedLog(app.config().daemon.state_dir / AUDIT_LOG)
-    if app.json and not follow:
-        _print_whole(log)
-        return
+    log = ChainedLog(app.config().daemon.state_dir)
     try:
+        if app.json and not follow:
+            _print_whole(log)
+            return
         for line, record in log.records():
             _print_record(app, line, record)
+        if follow:
+            log.check_kept()
         while follow:
             sys.stdout.flush()
             time.sleep(_POLL_SECONDS)
-            for line, record in log.records():
+            for line, record in log.follow():
                 _print_record(app, line, record)
         log.check_end()
+        log.check_kept()
     finally:
         log.close()
-    print_line(f"chain of {log.count} records verifies")
+    removed = f"; {_removed(log)}" if log.first > 1 else ""
+    print_line(f"chain of {log.count} records verifies{removed}")
 
 
-class ChainedLog:
-    """Reads the log forward and verifies as it goes.
-
-    Raises `NotInitialised`, `AccessDenied`, `AuditBroken`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        from unsealerd.core.auditchain import GENESIS
-
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError as err:
-            raise NotInitialised(f"{path}: there is no audit log") from err
-        except PermissionError as err:
-            raise AccessDenied(f"{path}: {err.strerror}") from err
-        except OSError as err:
-            raise AuditBroken(f"{path}: {err.strerror}") from err
-        self._path = path
-        self._offset = 0  # of the first byte that is not verified
-        self.count = 0
-        self.head = GENESIS
-
-    def records(self) -> Iterator[tuple[bytes, "Record"]]:
-        """Every whole line from where the last call ended; what a line lacks may still be on its way."""
-        from unsealerd.core.auditchain import verify_line
-
-        if os.fstat(self._fd).st_size < self._offset:
-            raise AuditBroken(f"{self._path}: got shorter while it was read")
-        rest = b""
-        while chunk := self._read(self._offset + len(rest)):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                try:
-                    record = verify_line(line, self.head, self.count + 1)
-                except AuditBroken as err:
-                    raise AuditBroken(f"line {self.count + 1}: {err.detail}") from err
-                self.head = str(record["hash"])
-                self.count += 1
-                self._offset += len(line) + 1
-                yield line, record
-            if len(rest) > _CHUNK_BYTES:
-                raise AuditBroken(f"line {self.count + 1}: longer than any record")
-
-    def check_end(self) -> None:
-        """Raises `AuditBroken` when bytes follow the last whole line."""
-        if self._read(self._offset):
-            raise AuditBroken(
-                f"line {self.count + 1}: cut off, as a crash does; the daemon removes it when it starts"
-            )
-
-    def _read(self, offset: int) -> bytes:
-        try:
-            return os.pread(self._fd, _CHUNK_BYTES, offset)
-        except OSError as err:
-            raise AuditBroken(f"{self._path}: {err.strerror}") from err
-
-    def close(self) -> None:
-        os.close(self._fd)
+def _removed(log: ChainedLog) -> str:
+    many = "record 1 is" if log.first == 2 else f"records 1 to {log.first - 1} are"
+    return f"{many} no longer kept"
 
 
 def _print_whole(log: ChainedLog) -> None:
-    # The lines are kept as they are: they were verified to be canonical JSON, and nothing is printed of a
-    # broken chain.
-    try:
-        lines = [line.decode() for line, _ in log.records()]
-        log.check_end()
-    finally:
-        log.close()
-    records = ",".join(lines)
-    sys.stdout.write(f'{{"records":[{records}],"count":{log.count},"head":"{log.head}"}}\n')
+    """In two passes, so that nothing is printed of a broken chain and it need not all be in memory."""
+    for _ in log.records():
+        pass
+    log.check_end()
+    log.check_kept()
+    first, count, head = log.first, log.count, log.head
+    log.rewind()
+    sys.stdout.write('{"records":[')
+    for number, (line, _) in enumerate(islice(log.records(), count)):
+        # The lines are kept as they are: they were verified to be canonical JSON.
+        sys.stdout.write(("," if number else "") + line.decode())
+    sys.stdout.write(f'],"first":{first},"count":{count},"head":"{head}"}}\n')
 
 
 def _print_record(app: App, line: bytes, record: "Record") -> None:

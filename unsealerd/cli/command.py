@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import click
 
+from unsealerd import __version__
 from unsealerd.cli.app import App
+from unsealerd.cli.output import print_json, print_line
 
 
 def _set_config(context: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -20,6 +22,25 @@ def _set_json(context: click.Context, _: click.Parameter, value: bool) -> None:
         context.ensure_object(App).json = True
 
 
+def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        if context.ensure_object(App).json:
+            print_json({"version": __version__})
+        else:
+            print_line(f"{context.info_name} {__version__}")
+        context.exit()
+
+
+def _version_option() -> click.Option:
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        callback=_show_version,
+        help="Show the version and exit.",
+    )
+
+
 def _global_options() -> list[click.Parameter]:
     return [
         click.Option(
@@ -30,7 +51,12 @@ def _global_options() -> list[click.Parameter]:
             help="The configuration.  [default: /etc/unsealerd/unsealerd.toml]",
         ),
         click.Option(
-            ["--json"], is_flag=True, expose_value=False, callback=_set_json, help="Print one JSON object."
+            ["--json"],
+            is_flag=True,
+            is_eager=True,  # known before anything is printed
+            expose_value=False,
+            callback=_set_json,
+            help="Print one JSON object.",
         ),
     ]
 
@@ -68,6 +94,10 @@ class LazyGroup(Group):
             name, help=help, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
         )
         self._table = table
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        inherited = super().get_params(ctx)
+        return [*inherited[:-1], _version_option(), *inherited[-1:]]
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._table)

@@ -4,7 +4,7 @@ import click
 
 from unsealerd.cli.app import App
 from unsealerd.cli.command import Command
-from unsealerd.cli.events import show
+from unsealerd.cli.events import showing
 from unsealerd.cli.identities import identity_options, opened
 from unsealerd.cli.output import print_json, print_line
 from unsealerd.cli.reach import conversation, require_one
@@ -29,7 +29,7 @@ def drill(
         from unsealerd.operator import unlock as client
 
         with opened(specs, last_try=last_try, ask_password=ask_password, wanted=lambda: True) as identities:
-            outcome = client.drill(connection, identities, on_event=show)
+            outcome = client.drill(connection, identities, on_event=showing())
     if app.json:
         print_json(facts_of(outcome))
         return

@@ -47,7 +47,8 @@ class Answer(NamedTuple):
 _AGE_FILE = "is this the file that was meant? A backup and its copies begin with age-encryption.org/v1"
 _RESTORE = "keep the files as they are; `unsealctl backup verify` tells more, and a copy of the backup can be put back"
 _DISK = "look at the disk: space, mount options, `journalctl -u unsealerd`; nothing was changed"
-_TPM = "`unsealctl status` and `tpm2_getcap properties-variable` tell more; an operator can unlock without the TPM"
+_WITHOUT_TPM = "an operator can unlock without the TPM, with --accept-rollback"
+_TPM = f"`unsealctl status` and `tpm2_getcap properties-variable` tell more; {_WITHOUT_TPM}"
 
 ANSWERS: dict[str, Answer] = {
     "BadRequest": Answer(Exit.USAGE, "`unsealctl COMMAND --help` shows what is expected"),
@@ -65,11 +66,13 @@ ANSWERS: dict[str, Answer] = {
     ),
     "NotLocked": Answer(Exit.NOTHING_TO_DO, "the keys are in memory; there is nothing to unlock"),
     "NotInitialised": Answer(
-        Exit.NOT_INITIALISED, "declare an operator and a key, then: sudo unsealctl init"
+        Exit.NOT_INITIALISED,
+        "on a new host declare an operator and a key, then: sudo unsealctl init; else `unsealctl status` says more",
     ),
     "AlreadyInitialised": Answer(
         Exit.ALREADY_INITIALISED,
-        "`unsealctl status` shows what is there; to begin anew, move the state directory away first",
+        "`unsealctl status` shows what is there; to begin anew, move the state directory, and keyring.id beside the"
+        " configuration, away first",
     ),
     "NotArmed": Answer(
         Exit.NOTHING_TO_DO, "`unsealctl status` shows under `seal` whether there is a sealed copy"
@@ -107,6 +110,11 @@ ANSWERS: dict[str, Answer] = {
     "AgePayloadInvalid": Answer(Exit.STORED_DATA, _RESTORE),
     "KeyringInvalid": Answer(Exit.STORED_DATA, _RESTORE),
     "BackupDamaged": Answer(Exit.STORED_DATA, _RESTORE),
+    "BackupForeign": Answer(
+        Exit.STORED_DATA,
+        "nothing was opened: somebody put another backup on that host's disk, or its file keyring.id is wrong. Its"
+        " administrator finds out which, with `unsealctl status` there",
+    ),
     "Rollback": Answer(
         Exit.STORED_DATA,
         "if this older backup was put there on purpose: `unsealctl unlock … --accept-rollback`",
@@ -122,15 +130,14 @@ ANSWERS: dict[str, Answer] = {
     ),
     "TpmMissing": Answer(
         Exit.HARDWARE,
-        'is the TPM on in the firmware, and [tpm] tcti right? A host without one has tcti = "none"',
+        'is the TPM on in the firmware, and [tpm] tcti right? A host without one has tcti = "none"; '
+        + _WITHOUT_TPM,
     ),
     "TpmChanged": Answer(
         Exit.HARDWARE,
         "if the TPM or the board was replaced on purpose: `unsealctl unlock … --accept-rollback`",
     ),
-    "TpmLockout": Answer(
-        Exit.HARDWARE, "`tpm2_dictionarylockout -c` clears it; an operator can unlock without the TPM"
-    ),
+    "TpmLockout": Answer(Exit.HARDWARE, f"`tpm2_dictionarylockout -c` clears it; {_WITHOUT_TPM}"),
     "TpmFailed": Answer(Exit.HARDWARE, _TPM),
     "SealRefused": Answer(Exit.HARDWARE, _TPM),
     "ReaderMissing": Answer(
@@ -146,7 +153,11 @@ ANSWERS: dict[str, Answer] = {
     ),
     "CardReset": Answer(Exit.CARD, "end the other program that uses the card, and run the command again"),
     "CardFailed": Answer(Exit.CARD, "take the card out, put it back, and run the command again"),
-    "WrongCard": Answer(Exit.CARD, "plug in the card whose recipient is under [[operator]] on the host"),
+    "WrongCard": Answer(
+        Exit.CARD,
+        "plug in the card whose recipient is under [[operator]] on the host; a new card needs a key on P-256 first:"
+        " docs/operators.md",
+    ),
     "TouchMissed": Answer(Exit.CARD, "run the command again, and touch the device when it blinks"),
     "AttestationInvalid": Answer(
         Exit.CARD,
@@ -161,7 +172,7 @@ ANSWERS: dict[str, Answer] = {
     "ConfigInvalid": Answer(Exit.CONFIGURATION, "correct the file, or name another: --config FILE"),
     "NotInstalled": Answer(
         Exit.CONFIGURATION,
-        "pip install 'unsealerd[operator]', for cards 'unsealerd[piv]', for tokens 'unsealerd[pkcs11]'; or your"
+        "in a clone of unsealerd: pipx install --force '.[operator,piv,pkcs11]' (piv: cards, pkcs11: tokens); or your"
         " distribution's package",
     ),
 }

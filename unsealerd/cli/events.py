@@ -1,6 +1,7 @@
 """What an operator should see while a private key is used; on stderr, since it is not the result."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from unsealerd.cli.output import printable
@@ -12,10 +13,31 @@ if TYPE_CHECKING:
     from unsealerd.operator.events import Event
 
 
+def showing() -> Callable[["Event"], None]:
+    """What shows the events of one conversation.
+
+    Each recipient that answers is named once. It may be asked as often as there are operators with key files: an
+    X25519 stanza does not say whose it is.
+    """
+    from unsealerd.operator.events import Exchanging
+
+    answering: set[str] = set()
+
+    def once(event: "Event") -> None:
+        if isinstance(event, Exchanging):
+            if event.recipient in answering:
+                return
+            answering.add(event.recipient)
+        show(event)
+
+    return once
+
+
 def show(event: "Event") -> None:
     from unsealerd.operator.events import (
         Challenged,
         Exchanging,
+        HostsExposed,
         KeyFileExposed,
         PinPadUsed,
         TlsOnly,
@@ -25,10 +47,15 @@ def show(event: "Event") -> None:
     match event:
         case KeyFileExposed(path, mode):
             note(f"warning: {printable(str(path))} can be read by others (mode {mode:04o}): chmod 600")
+        case HostsExposed(path, mode):
+            note(
+                f"warning: {printable(str(path))}, which says whom you answer, can be written by others (mode {mode:04o}):"
+                " chmod 600, and compare the words of your hosts again"
+            )
         case TlsOnly(name):
             note(f"warning: {printable(name)} has no TPM attestation: it is trusted by its TLS key only")
-        case Challenged(challenge, words):
-            _show_challenge(challenge, words)
+        case Challenged(challenge, words, times):
+            _show_challenge(challenge, words, times)
         case Exchanging(recipient):
             note(f"answering as {printable(recipient)}")
         case TouchNeeded(device):
@@ -40,7 +67,7 @@ def show(event: "Event") -> None:
             note(f"enter the PIN at the reader: {printable(device)}{left}")
 
 
-def _show_challenge(challenge: "Challenge", words: tuple[str, ...]) -> None:
+def _show_challenge(challenge: "Challenge", words: tuple[str, ...], times: int) -> None:
     generation = "unknown" if challenge.generation is None else str(challenge.generation)
     written = since(challenge.backup_time, time.time()) if challenge.backup_time else "unknown"
     for name, value in (
@@ -50,5 +77,6 @@ def _show_challenge(challenge: "Challenge", words: tuple[str, ...]) -> None:
         ("backup", f"generation {generation}, written {written}"),
         ("shares", f"{challenge.shares_present} of {challenge.shares_needed}"),
         ("words", " ".join(words)),
+        *([("asks", f"a key file {times} times, for as many operators with key files")] if times > 1 else []),
     ):
         note(f"  {name:<7} {printable(value)}")

@@ -9,6 +9,7 @@ import click
 from unsealerd.cli import terminal
 from unsealerd.cli.app import App
 from unsealerd.cli.command import Group
+from unsealerd.cli.events import show
 from unsealerd.cli.output import print_json, print_line, print_table, printable
 from unsealerd.cli.stderr import note
 from unsealerd.cli.times import moment
@@ -97,7 +98,7 @@ def remove(app: App, name: str) -> None:
 def _hosts() -> "Hosts":
     from unsealerd.operator.hosts import Hosts, default_path
 
-    return Hosts(default_path())
+    return Hosts(default_path(), show)
 
 
 def _refuse_second(hosts: "Hosts", found: "Host") -> None:

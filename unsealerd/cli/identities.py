@@ -24,8 +24,8 @@ IDENTITY_OPTION = click.option(
     "specs",
     multiple=True,
     metavar="IDENTITY",
-    help="piv: or piv:SERIAL, openpgp: or openpgp:SERIAL, pkcs11:URI, passphrase:NAME, or a key file (age-keygen,"
-    " P-256 in PEM). Can be given more than once.  [default: the cards that are plugged in]",
+    help="piv: or piv:SERIAL or piv:SERIAL/SLOT, openpgp: or openpgp:SERIAL, pkcs11:URI, passphrase:NAME, or a key file"
+    " (age-keygen, P-256 in PEM). Can be given more than once.  [default: the cards that are plugged in]",
 )
 LAST_TRY_OPTION = click.option(
     "--last-try", is_flag=True, help="Use the last try of a PIN: if it is wrong, the card blocks."

@@ -1,5 +1,6 @@
 """The entry point: the table of commands, and the one place where errors become messages and exit codes."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ PROGRAM = "unsealctl"
 _COMPLETE = "_UNSEALCTL_COMPLETE"
 """In the environment when a shell asks for completions."""
 _CLI = "unsealerd.cli"
+_GARBAGE = 200_000
+"""Objects between two collections: more than a command loads, for nothing of that is garbage; and few enough for `wait`."""
 
 COMMANDS = {
     "init": Lazy(f"{_CLI}.init:init", "Make the keyring, its keys and the host's identity."),
@@ -45,10 +48,10 @@ COMMANDS = {
         "Read the configuration again, and write the backup for the operators that it names now.",
     ),
     "host": Lazy(f"{_CLI}.host:host", "Add, list and remove the hosts that this operator unlocks."),
-    "backup": Lazy(f"{_CLI}.backup:backup", "Verify and export the backup."),
+    "backup": Lazy(f"{_CLI}.backup:backup", "Verify, export and pin the backup."),
     "doctor": Lazy(f"{_CLI}.doctor:doctor", "Check this server before it is relied on."),
     "metrics": Lazy(f"{_CLI}.metrics:metrics", "Print the state of this host as Prometheus metrics."),
-    "audit": Lazy(f"{_CLI}.audit:audit", "Show the audit log, and check its chain."),
+    "audit": Lazy(f"{_CLI}.audit:audit", "Show the audit log, oldest records first, and check its chain."),
 }
 
 
@@ -124,9 +127,12 @@ def _abandon_stdout() -> None:
 
 def main() -> None:
     """The console script."""
+    gc.set_threshold(_GARBAGE)
     if _COMPLETE in os.environ:
         root()(prog_name=PROGRAM)  # click answers the shell, and exits
     if sys.stdin is None or sys.stdout is None:
         complain("stdin or stdout is closed", hint="redirect it from or to /dev/null")
         sys.exit(Exit.USAGE)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # the end of the process frees it all: the interpreter need not look for cycles in it before
+    sys.exit(code)

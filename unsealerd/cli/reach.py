@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from unsealerd.cli.app import App
+from unsealerd.cli.events import show
 from unsealerd.cli.fields import required
 from unsealerd.errors import BadRequest, DaemonUnreachable
 
@@ -30,7 +31,7 @@ def conversation(app: App, host: str | None) -> Iterator["Conversation"]:
         return
     from unsealerd.operator.hosts import Hosts, default_path
 
-    known = Hosts(default_path()).find(host)
+    known = Hosts(default_path(), show).find(host)
     from unsealerd.operator import network
 
     with network.connect(known) as found:

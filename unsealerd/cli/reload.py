@@ -16,12 +16,14 @@ def reload(app: App) -> None:
 
     The same as SIGHUP to the daemon, but says what came of it.
     """
+    app.config()  # here a refused file is the error, and not a warning
     with app.admin() as admin:
         answer = admin.call("io.unsealerd.Admin.Reload")
     generation = optional(answer, "generation", int)
     added, removed = texts(answer, "added"), texts(answer, "removed")
+    pending = optional(answer, "pending", str)
     if app.json:
-        print_json({"generation": generation, "added": added, "removed": removed})
+        print_json({"generation": generation, "added": added, "removed": removed, "pending": pending})
         return
     print_line("the configuration is in use")
     # One with a new recipient is in both lists.
@@ -35,6 +37,8 @@ def reload(app: App) -> None:
             print_line("the backup is written for the operators of now at the next unlock")
     else:
         print_line(f"the backup is generation {generation}")
+    if pending is not None:
+        note(f"warning: {printable(pending)}")
     for name in removed:
         _warn(name, generation)
 

@@ -126,7 +126,8 @@ def _admin(app: App, deadline: Deadline) -> Connection:
     """Raises `DaemonUnreachable`: at once when there is no daemon, although the service manager holds its sockets open."""
     if _has_ended():
         raise DaemonUnreachable("the daemon has ended") from ProcessLookupError()
-    return Connection(app.config().daemon.runtime_dir / "admin", timeout=deadline.left())
+    directory, _ = app.admin_directory()
+    return Connection(directory / "admin", timeout=deadline.left())
 
 
 def _has_ended() -> bool:

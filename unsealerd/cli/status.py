@@ -13,6 +13,7 @@ from unsealerd.cli.times import since, span
 from unsealerd.cli.values import rows, worded
 
 _UNLOCK = "an operator unlocks with `unsealctl unlock HOST -i IDENTITY`"
+_PIN = "`unsealctl backup pin --replace`"
 _NO_TPM = "or unlock with --accept-rollback, once you know why"
 
 REASONS: dict[str, tuple[str, str]] = {
@@ -54,6 +55,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "backup_damaged": (
         "the backup is missing, unreadable or not what was written",
         "put a copy back (keyring.age.previous, or an exported one); then an operator unlocks",
+    ),
+    "backup_foreign": (
+        "the backup opens, and is of another keyring than this host's; or keyring.id, which says so, cannot be read",
+        f"find out who did that, and put this host's backup back; or, if it is the right one: {_PIN}, then {_UNLOCK}",
     ),
     "storage_failed": (
         "a file could not be written durably, so the keys were not taken into use",
@@ -139,6 +144,15 @@ def _tpm(facts: Mapping[str, object]) -> list[str]:
     return [", ".join([worded("", known), pcrs, *(["in lockout"] if tpm.get("in_lockout") is True else [])])]
 
 
+def _keyring(facts: Mapping[str, object]) -> list[str]:
+    keyring = required(facts, "keyring", dict)
+    pinned, foreign = keyring.get("pinned"), keyring.get("foreign")
+    if facts.get("state") == "uninitialised":
+        return ["none yet"]
+    known = keyring.get("id") or pinned or "not known while it is locked"
+    return [f"{known}" if pinned else f"{known}, not pinned", *([f"refused: {foreign}"] if foreign else [])]
+
+
 def _seal(facts: Mapping[str, object]) -> list[str]:
     seal = required(facts, "seal", dict)
     if seal.get("sealed") is not True and required(facts, "tpm", dict).get("tcti") == "none":
@@ -178,6 +192,14 @@ def _shares(facts: Mapping[str, object]) -> list[str]:
     return lines
 
 
+def _memory(facts: Mapping[str, object]) -> list[str]:
+    memory = required(facts, "memory", dict)
+    if memory.get("kept") is True:
+        return ["kept over a restart of the daemon"]
+    why = optional(memory, "why", str)
+    return [f"not kept over a restart of the daemon{f': {why}' if why else ''}"]
+
+
 def _operators(facts: Mapping[str, object]) -> list[str]:
     return [
         f"{required(item, 'name', str)}: {_proven(optional(item, 'proven', int))}"
@@ -195,9 +217,11 @@ _FIRST = frozenset({"state", "lock_reason", "lock_detail", "since"})
 _WORDED: dict[str, Callable[[Mapping[str, object]], list[str]]] = {
     "keys": _keys,
     "tpm": _tpm,
+    "keyring": _keyring,
     "seal": _seal,
     "sessions": _sessions,
     "shares": _shares,
+    "memory": _memory,
     "operators": _operators,
     "warnings": lambda facts: texts(facts, "warnings"),
 }

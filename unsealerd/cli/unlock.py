@@ -4,17 +4,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unsealerd.cli import terminal
 from unsealerd.cli.app import App
 from unsealerd.cli.command import Command
-from unsealerd.cli.events import show
+from unsealerd.cli.events import showing
 from unsealerd.cli.identities import identity_options, opened
 from unsealerd.cli.output import print_json, print_line, printable
 from unsealerd.cli.reach import conversation, may_be_locked, require_one
 from unsealerd.cli.stderr import note
 from unsealerd.cli.times import span
+from unsealerd.errors import BadRequest
 from unsealerd.model import State
 
 if TYPE_CHECKING:
+    from unsealerd.operator.events import Event, OnEvent
     from unsealerd.operator.unlock import Outcome
 
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Open the backup although it is older than the TPM's counter says.",
 )
+@click.option("--yes", is_flag=True, help="Answer with a key file without a question on the terminal.")
 @click.pass_obj
 def unlock(
     app: App,
@@ -38,6 +42,7 @@ def unlock(
     ask_password: bool,
     reason: str,
     accept_rollback: bool,
+    yes: bool,
 ) -> None:
     """Open a host's backup with an operator's identity.
 
@@ -53,10 +58,28 @@ def unlock(
             return host is not None or may_be_locked(app)
 
         with opened(specs, last_try=last_try, ask_password=ask_password, wanted=wanted) as identities:
+            on_event = showing() if yes or host is None else _asking(showing())
             outcome = client.unlock(
-                connection, identities, reason=reason, accept_rollback=accept_rollback, on_event=show
+                connection, identities, reason=reason, accept_rollback=accept_rollback, on_event=on_event
             )
     _print_outcome(app, host or "this host", outcome)
+
+
+def _asking(show: "OnEvent") -> "OnEvent":
+    """On a terminal, what the host says is read before a key file answers; other keys wait for the person by themselves."""
+    from unsealerd.operator.events import Challenged
+
+    def shown(event: "Event") -> None:
+        show(event)
+        if (
+            isinstance(event, Challenged)
+            and event.silent
+            and terminal.attended()
+            and not terminal.confirm("Answer?")
+        ):
+            raise BadRequest("not confirmed; nothing was answered")
+
+    return shown
 
 
 def _print_outcome(app: App, host: str, outcome: "Outcome") -> None:

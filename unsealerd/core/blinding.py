@@ -37,6 +37,17 @@ _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 # RFC 7748 section 4.1: the prime of Curve25519 and the order L of its large subgroup.
 X25519_PRIME = 2**255 - 19
 _X25519_ORDER = 2**252 + 27742317777372353535851937790883648493
+# https://cr.yp.to/ecdh.html, "How do I validate Curve25519 public keys?": every canonical u of small order, on the curve and on
+# its twist. With any other, no clamped scalar gives zero (RFC 7748 section 6.1).
+_X25519_SMALL = frozenset(
+    {
+        0,
+        1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+        X25519_PRIME - 1,
+    }
+)
 
 
 def validate_point(curve: Curve, point: bytes) -> None:
@@ -53,9 +64,8 @@ def validate_point(curve: Curve, point: bytes) -> None:
         case Curve.X25519:
             if len(point) != FIELD_SIZE or int.from_bytes(point, "little") >= X25519_PRIME:
                 raise BadPoint("not a canonical X25519 coordinate of 32 bytes")
-            # A clamped scalar is a multiple of the cofactor and of no larger order: the result is zero if and only
-            # if the point has small order (RFC 7748 section 6.1), and the library refuses a zero result.
-            _x25519(bytes(FIELD_SIZE), point)
+            if int.from_bytes(point, "little") in _X25519_SMALL:
+                raise BadPoint("a point of small order")
 
 
 class Blinding:

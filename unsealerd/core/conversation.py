@@ -18,6 +18,7 @@ NETWORK_ERRORS: frozenset[type[errors.UnsealerdError]] = frozenset(
     {
         errors.AuditUnwritable,
         errors.BackupDamaged,
+        errors.BackupForeign,
         errors.BadAnswer,
         errors.BadMessage,
         errors.BadPoint,

@@ -1,6 +1,5 @@
 """A change of the keyring in the making: rules in, a new keyring out. No I/O; time is passed in."""
 
-from dataclasses import dataclass
 from typing import Self
 
 import msgspec
@@ -11,8 +10,7 @@ from unsealerd.errors import KeyNotFound, VersionNotFound
 from unsealerd.model import VersionState
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """What a draft did to one version, for the audit log and for those who watch."""
 
     event: str
@@ -21,7 +19,10 @@ class Change:
 
 
 class Draft:
-    """Starts as a copy of a keyring's metadata; `build` draws the new key bytes."""
+    """Starts as a copy of a keyring's metadata; `build` draws the new key bytes.
+
+    Without a keyring it becomes one that is nobody's yet, with a lineage of its own.
+    """
 
     def __init__(self, keyring: Keyring | None) -> None:
         self._base = keyring
@@ -106,7 +107,8 @@ class Draft:
                 else:
                     assert self._base is not None
                     sources.append(self._base.view(key.name, version.version))
-        return compose(Metadata(generation, now, counter, keys), sources)
+        lineage = self._base.lineage if self._base is not None else None
+        return compose(Metadata(generation, now, counter, keys), lineage, sources)
 
     def _key(self, name: str) -> Key:
         if name not in self._keys:

@@ -2,19 +2,22 @@
 
 ::
 
-    unsealerd-keyring-v1 LF
+    unsealerd-keyring-v2 LF
     LENGTH LF                 decimal, no leading zero: bytes of the metadata
     METADATA                  canonical JSON, no secret in it
+    LINEAGE                   32 bytes, drawn when the keyring was made, the same ever since
     KEY BYTES                 of every version that is not revoked, in the order of the metadata, back to back
 
-The whole plaintext is in one `SecretBuffer`, both in memory and while it is encrypted or decrypted, so the key bytes are never
-parsed and never copied. Strict: unknown fields, gaps, trailing bytes and any other way to write the same thing are refused, so
-that ``parse`` and ``Keyring.buffer`` are inverse to each other.
+The lineage says whose a backup is. An age file can be written by anybody who knows the operators' recipients; one with this
+lineage only by who has opened a backup of this keyring. Its digest, the keyring's id, is no secret (unsealerd/keyringid.py).
+
+The whole plaintext is in one `SecretBuffer`, both in memory and while it is encrypted or decrypted, so lineage and key bytes are
+never parsed, and copied into such memory only. Strict: unknown fields, gaps, trailing bytes and any other way to write the same
+thing are refused, so that ``parse`` and ``Keyring.buffer`` are inverse to each other.
 """
 
 import hmac
 import re
-from dataclasses import dataclass
 
 import msgspec
 
@@ -23,7 +26,9 @@ from unsealerd.errors import KeyNotFound, KeyringInvalid, VersionNotFound
 from unsealerd.model import KEY_NAME, VersionState
 
 MAX_BYTES = 16 << 20  # of the whole plaintext
-_MAGIC = b"unsealerd-keyring-v1\n"
+LINEAGE_SIZE = 32  # bytes
+_MAGIC = b"unsealerd-keyring-v2\n"
+_ID_LABEL = b"unsealerd.io/keyring/v1"
 _MAX_LENGTH_DIGITS = 8
 _MAX_COUNT = 2**64 - 1  # of the generation; the TPM's counter has 64 bits
 _MAX_TIME = 253_402_300_799  # the end of the year 9999: what comes later cannot be shown as a date
@@ -71,8 +76,7 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sorted by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usable:
+class Usable(msgspec.Struct, frozen=True):
     """One version of a key, with its bytes. The view is of the keyring's secret memory."""
 
     version: int
@@ -82,11 +86,14 @@ class Usable:
 class Keyring:
     """Metadata, and the secret memory that holds the serialised whole. Closed when it is replaced."""
 
-    __slots__ = ("_keys", "_usable", "_views", "buffer", "metadata")
+    __slots__ = ("_keys", "_usable", "_views", "buffer", "lineage", "metadata")
 
     def __init__(self, metadata: Metadata, buffer: SecretBuffer, offset: int) -> None:
+        """``offset``: where the secret part of the buffer begins."""
         self.metadata = metadata
         self.buffer = buffer
+        self.lineage = buffer.view[offset : offset + LINEAGE_SIZE]
+        offset += LINEAGE_SIZE
         self._keys = {key.name: key for key in metadata.keys}
         self._views: dict[tuple[str, int], memoryview] = {}
         self._usable: dict[str, tuple[Usable, ...]] = {}
@@ -104,6 +111,11 @@ class Keyring:
                     usable.append(Usable(version.version, view))
             # Without a primary nothing is usable: an older version must not pass for it.
             self._usable[key.name] = tuple(usable) if key.primary is not None else ()
+
+    @property
+    def id(self) -> str:
+        """HMAC-SHA256 with the lineage as key, in hex. It tells nothing of the lineage, which is as long as the digest."""
+        return hmac.digest(self.lineage, _ID_LABEL, "sha256").hex()
 
     def key(self, name: str) -> Key:
         """Raises `KeyNotFound`."""
@@ -132,18 +144,20 @@ class Keyring:
         """Wipe every key."""
         for view in self._views.values():
             view.release()
+        self.lineage.release()
         self.buffer.close()
         self._views.clear()
         self._usable.clear()
 
 
-def compose(metadata: Metadata, sources: list[memoryview | int]) -> Keyring:
+def compose(metadata: Metadata, lineage: memoryview | None, keys: list[memoryview | int]) -> Keyring:
     """A keyring whose key bytes are, in the order of the metadata, copied from a view or drawn afresh.
 
-    An int in ``sources`` is the number of bytes to draw from the kernel's generator. Raises `KeyringInvalid` for what
-    `parse` would refuse.
+    An int in ``keys`` is the number of bytes to draw from the kernel's generator. ``lineage``: None makes a keyring that is
+    nobody's yet. Raises `KeyringInvalid` for what `parse` would refuse.
     """
     _check(metadata)
+    sources = [LINEAGE_SIZE if lineage is None else lineage, *keys]
     text = _encoder.encode(metadata)
     head = b"%b%d\n%b" % (_MAGIC, len(text), text)
     total = len(head) + sum(source if isinstance(source, int) else source.nbytes for source in sources)
@@ -167,20 +181,21 @@ def parse(buffer: SecretBuffer) -> Keyring:
     """Take over a decrypted plaintext. Raises `KeyringInvalid` on any other bytes; the buffer is then the caller's to close."""
     metadata, offset = _parse_head(buffer.view)
     _check(metadata)
-    sizes = [v.size for key in metadata.keys for v in key.versions if v.state is not VersionState.REVOKED]
+    keys = (v.size for key in metadata.keys for v in key.versions if v.state is not VersionState.REVOKED)
+    sizes = [LINEAGE_SIZE, *keys]
     if offset + sum(sizes) != len(buffer):
-        raise KeyringInvalid("the key bytes are not as long as the metadata says")
+        raise KeyringInvalid("lineage and key bytes are not as long as the metadata says")
     for size in sizes:
         # Promise 11: bytes that were never drawn are not a key.
         if hmac.compare_digest(buffer.view[offset : offset + size], bytes(size)):
-            raise KeyringInvalid("a key is all zero")
+            raise KeyringInvalid("a key, or the lineage, is all zero")
         offset += size
     return Keyring(metadata, buffer, len(buffer) - sum(sizes))
 
 
 def _parse_head(view: memoryview) -> tuple[Metadata, int]:
     if view.nbytes > MAX_BYTES or view[: len(_MAGIC)] != _MAGIC:
-        raise KeyringInvalid("not a keyring of version 1")
+        raise KeyringInvalid("not a keyring of version 2")
     start = len(_MAGIC)
     # The length and the metadata hold no secret, so ordinary bytes will do.
     digits, newline, _ = bytes(view[start : start + _MAX_LENGTH_DIGITS + 1]).partition(b"\n")

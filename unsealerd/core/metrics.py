@@ -138,14 +138,14 @@ def _tpm(tpm: Mapping[str, object]) -> Iterator[Metric]:
     yield _info("tpm_error_info", "What the TPM answers instead of facts.", error=tpm.get("error"))
     yield _gauge("tpm_in_lockout", "Whether the TPM is in dictionary-attack lockout.", tpm.get("in_lockout"))
     yield _gauge(
-        "tpm_lockout_counter", "Failed authorisations that the TPM remembers.", tpm.get("lockout_counter")
+        "tpm_lockout_failures", "Failed authorisations that the TPM remembers.", tpm.get("lockout_counter")
     )
     yield _counter("tpm_resets_total", "Resets of the TPM: one for each boot.", tpm.get("reset_count"))
     yield _counter(
         "tpm_changes_total", "The TPM's counter: one for each write of the backup.", tpm.get("counter")
     )
     yield _gauge(
-        "tpm_counter_behind", "Whether the TPM's counter waits to be moved.", tpm.get("counter_behind")
+        "tpm_backup_ahead", "Whether the TPM's counter waits to be moved.", tpm.get("counter_behind")
     )
 
 

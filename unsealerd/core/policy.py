@@ -5,15 +5,15 @@ deciding needs no I/O.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.model import Operation
 
 NOTHING: frozenset[Operation] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """One rule. Exactly one of ``unit``, ``uid`` and ``gid`` is set."""
 
     operations: frozenset[Operation]
@@ -22,8 +22,7 @@ class Grant:
     gid: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True):
     """A caller as the kernel reports it. For a credential that systemd fetches, only ``unit`` is known."""
 
     uid: int | None

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.core import shamir
 from unsealerd.core.age import Recipient
@@ -12,8 +13,7 @@ from unsealerd.model import Curve
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
-@dataclass(frozen=True, slots=True)
-class KnownOperator:
+class KnownOperator(msgspec.Struct, frozen=True):
     name: str
     recipient: Recipient
     groups: tuple[str, ...] = ()
@@ -34,8 +34,7 @@ def passphrase_subject(name: str) -> str:
     return f"passphrase:{name.lower()}"
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(msgspec.Struct, frozen=True):
     """Who may open, and how many of them it takes."""
 
     operators: tuple[KnownOperator, ...]

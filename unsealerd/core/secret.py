@@ -1,7 +1,10 @@
 """Secret memory: the only place where plain key bytes live.
 
 A `SecretBuffer` is an anonymous mapping made by memfd_secret(2): the kernel takes its pages out of its own
-direct map, so neither /proc/PID/mem, nor a core dump, nor swap, nor a kernel read primitive shows them.
+direct map, so neither /proc/PID/mem, nor a core dump, nor swap, nor a hibernation image, nor a kernel read primitive
+shows them. It is no wall against root, who can have the process give them: by ptrace(2), or by pidfd_getfd(2), since
+the module mmap keeps a descriptor of its mapping, and what is kept for a restart is a descriptor in PID 1.
+
 Where the kernel lacks it (before 5.14, or 6.1 without ``secretmem.enable=1``), the mapping is ordinary memory with
 mlock(2), MADV_DONTDUMP and MADV_WIPEONFORK.
 """
@@ -10,6 +13,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import functools
 import hmac
 import mmap
 import os
@@ -26,6 +30,7 @@ class SecretMemoryKind(enum.Enum):
     MLOCK = "mlock"
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

@@ -14,7 +14,8 @@ opened is wiped, and never leaves the session.
 import enum
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.core.age import Recipient, Stanza, verify_mac
 from unsealerd.core.blinding import Blinding
@@ -50,8 +51,7 @@ class _Stage(enum.Enum):
     DONE = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     tag: bytes
     curve: Curve
     point: bytes
@@ -59,14 +59,12 @@ class Question:
     """For who has a passphrase: how it becomes the private key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     question: int
     x: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """``result`` is ``accepted`` or the name of an error."""
 
     question: int
@@ -74,8 +72,7 @@ class Outcome:
     result: str
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True):
     """What came of the answers. The buffers are the caller's to wipe; after a drill there are none."""
 
     outcomes: tuple[Outcome, ...]
@@ -95,8 +92,7 @@ class Judgement:
         return tuple(sorted({outcome.operator for outcome in self.outcomes}.difference(self.accepted)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(msgspec.Struct, frozen=True):
     operator: KnownOperator
     index: int
     """The operator's place in the list of the header, where there is one."""

@@ -18,11 +18,8 @@ that is verified nothing in the list is to be believed, but that a share which o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from unsealerd.core import shamir
 from unsealerd.core.age import FILE_KEY_SIZE, Header, Stanza, parse_recipient
@@ -41,8 +38,7 @@ _INFO = b"unsealerd.io/share/v1"
 _ZERO_NONCE = bytes(12)
 
 
-@dataclass(frozen=True, slots=True)
-class Sharing:
+class Sharing(msgspec.Struct, frozen=True):
     """The rules of one backup, as its header has them."""
 
     rules: Rules
@@ -53,6 +49,9 @@ class Sharing:
 
     def open_share(self, index: int, secret: SecretBuffer) -> SecretBuffer:
         """What this operator contributes, from what their stanza wraps. Raises ``AgeNoMatch``."""
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
         body = self.shares[index]
         share = SecretBuffer(len(body) - TAG_SIZE)
         try:
@@ -81,8 +80,7 @@ class Sharing:
         return file_key
 
 
-@dataclass(frozen=True, slots=True)
-class Backup:
+class Backup(msgspec.Struct, frozen=True):
     """What a header says before anything is opened."""
 
     header: Header
@@ -158,6 +156,8 @@ def _wrap_shares(
     rules: Rules, file_key: SecretBuffer, points: Sequence[memoryview], held: Mapping[str, memoryview]
 ) -> list[Stanza]:
     """``held``: what stands for each required name."""
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     ordinary: list[Stanza] = []
     bodies: list[bytes] = []
     contents: list[SecretBuffer] = []

@@ -1,7 +1,8 @@
 """The choke point of every use of a key: authorise, audit (denials too), then act."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.core.policy import NOTHING, Subject
 from unsealerd.daemon.caller import Caller
@@ -31,8 +32,7 @@ def _subject(caller: Caller) -> Subject:
     return Subject(caller.uid, caller.groups, caller.unit)
 
 
-@dataclass(slots=True)
-class Use:
+class Use(msgspec.Struct):
     """One key and operation on one connection: recorded at the first use, then counted."""
 
     key: str
@@ -65,10 +65,27 @@ class Access:
         facts = caller_facts(caller)
         if operation not in self.operations(caller, key):
             await self._denials.turn(caller.uid)
-            # Cut, so that a caller's invention does not make a record that is too long to be written.
-            self._host.audit.append("denied", key=key[:_MAX_NAME], operation=operation.value, **facts)
+            self._record_denial(caller, key, operation, facts)
             raise AccessDenied(f"{key[:_MAX_NAME]}: {operation.value}")
         return self.record(Use(key, operation, facts, self._host.policy_epoch))
+
+    def _record_denial(self, caller: Caller, key: str, operation: Operation, facts: Facts) -> None:
+        source: Facts = {"uid": caller.uid}
+        if caller.unit is not None:
+            source["unit"] = caller.unit
+        about: Facts = {"operation": operation.value}
+        # Names that callers invent are one kind: there are any number of them.
+        if key in self._host.config.keys:
+            about["key"] = key
+        self._host.audit.repeats.record(
+            "denied",
+            # Who is granted something is not lost in the crowd that a user with many uids can make.
+            room="callers" if caller.uid == 0 or self.granted(caller) else "strangers",
+            source={"caller": source},
+            about=about,
+            # Cut, so that a caller's invention does not make a record that is too long to be written.
+            facts={"key": key[:_MAX_NAME], "operation": operation.value, **facts},
+        )
 
     def record(self, use: Use) -> Use:
         """The first use of a key on a connection, durably, before it takes effect."""

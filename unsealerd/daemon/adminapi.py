@@ -75,8 +75,13 @@ class AdminApi:
 
     async def init(self, connection: "Connection", _: Empty) -> dict[str, object]:
         await self._host.initialise(caller_facts(connection.peer.caller))
-        metadata = self._host.open_keyring().metadata
-        return {"generation": metadata.generation, "keys": [key.name for key in metadata.keys]}
+        keyring = self._host.open_keyring()
+        metadata = keyring.metadata
+        return {
+            "generation": metadata.generation,
+            "keys": [key.name for key in metadata.keys],
+            "keyring": keyring.id,
+        }
 
     def list_keys(self, _connection: "Connection", _: Empty) -> dict[str, object]:
         return {"keys": [self._describe(key) for key in self._host.open_keyring().metadata.keys]}
@@ -119,6 +124,7 @@ class AdminApi:
             "generation": self._host.last_generation if written else None,
             "added": [name for recipient, name in now.items() if recipient not in before],
             "removed": [name for recipient, name in before.items() if recipient not in now],
+            "pending": self._report.pending_rules(),
         }
 
     async def verify_backup(self, _connection: "Connection", _: Empty) -> dict[str, object]:
@@ -137,10 +143,15 @@ class AdminApi:
         }
 
     async def export_backup(self, connection: "Connection", _: Empty) -> dict[str, object]:
-        generation = self._host.open_keyring().metadata.generation
+        keyring = self._host.open_keyring()
+        generation, keyring_id = keyring.metadata.generation, keyring.id
         data = await self._host.inspect(self._host.keeper.store.verify)
         self._host.audit.append("backup_export", **caller_facts(connection.peer.caller))
-        return {"generation": generation, "backup": base64.b64encode(data).decode()}
+        return {
+            "generation": generation,
+            "keyring": keyring_id,
+            "backup": base64.b64encode(data).decode(),
+        }
 
     def monitor(self, connection: "Connection", _: Empty) -> None:
         """First the state now, then every change, each with the reason of that moment."""

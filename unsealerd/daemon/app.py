@@ -3,22 +3,22 @@
 import asyncio
 import contextlib
 import fcntl
+import gc
 import grp
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from pathlib import Path
 
-from unsealerd import __version__, notify
+from unsealerd import __version__, keyringid, notify
 from unsealerd.config import Config, load
 from unsealerd.core.secret import SecretBuffer, SecretMemoryKind
-from unsealerd.daemon import journal
+from unsealerd.daemon import hygiene, journal
 from unsealerd.daemon.access import Access
-from unsealerd.daemon.adminapi import AdminApi
-from unsealerd.daemon.audit import AuditLog
+from unsealerd.daemon.audit import AuditLog, in_thread
 from unsealerd.daemon.fdstore import FdStore, Received
 from unsealerd.daemon.host import Facts, Host
 from unsealerd.daemon.keptmemory import PREFIX
@@ -26,9 +26,7 @@ from unsealerd.daemon.keptsockets import LISTENER, READER, KeptSockets
 from unsealerd.daemon.keyreader import KeyReader
 from unsealerd.daemon.keysapi import KeysApi
 from unsealerd.daemon.listener import Listener
-from unsealerd.daemon.report import Report
-from unsealerd.daemon.unlockapi import UnlockApi
-from unsealerd.daemon.unlocking import Conversations
+from unsealerd.daemon.offices import ADMIN, LABELS, UNLOCK, Offices
 from unsealerd.daemon.varlink import Info, VarlinkServer
 from unsealerd.daemon.watch import Event
 from unsealerd.errors import StorageFailed, UnsealerdError
@@ -36,6 +34,7 @@ from unsealerd.model import State
 
 GATEWAY_GROUP = "unsealerd-gateway"
 _EX_SOFTWARE = 70
+SETTLING = 1.0  # seconds from ready to all loaded
 _COUNT_INTERVAL = 60  # seconds after which the uses of keys are written down
 _FIRST_PAUSE = 60  # seconds after a scheduled change that failed; doubled each time, up to...
 _LONGEST_PAUSE = 3600
@@ -105,34 +104,45 @@ class Application:
     ) -> None:
         self._path = path
         self._runtime = config.daemon.runtime_dir
-        audit = AuditLog(config.daemon.state_dir, time.time, journal.mirror())
-        self._host = Host(config, time.time, audit, store, received)
+        audit = AuditLog(config.daemon.state_dir, time.time, journal.mirror(), in_thread)
+        self._host = Host(config, keyringid.beside(path), time.time, audit, store, received)
         self._access = Access(self._host, time.monotonic)
         self._keys = KeysApi(self._host, self._access)
-        self._conversations = Conversations(self._host, time.monotonic)
-        self._report = Report(self._host, self._conversations, memory, warnings)
+        self._info = Info("unsealerd", "unsealerd", __version__, _URL)
+        self._offices = Offices(self._host, self._info, memory, warnings, time.monotonic, self._reload_now)
         self._kept = KeptSockets(store, [e for e in received if e.name.startswith((LISTENER, READER))])
         self._reader = KeyReader(self._host, self._access, self._runtime, self._kept)
         self._listeners: dict[str, Listener] = {}
+        self._servers: dict[str, VarlinkServer] = {}
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        servers = await self._listen()
+        self._listen()
         reader = self._reader
         reload = asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         background: list[asyncio.Task[None]] = []
+        knocks = {label: asyncio.Event() for label in LABELS}
         try:
             reader.follow_configuration()
             self._kept.drop_unclaimed()
             await self._host.start()
             self._host.watchers.add(self._tell_manager)  # what it goes through until then is nobody's concern
-            for label, server in servers.items():
-                await server.adopt(self._listeners[label].sock)
+            await self._serve(
+                "keys",
+                VarlinkServer(
+                    [self._keys.interface()],
+                    self._info,
+                    on_disconnect=self._keys.forget,
+                    entitled=lambda caller: bool(self._access.granted(caller)),
+                ),
+            )
             background = [
+                *(loop.create_task(self._open_office(label, knock)) for label, knock in knocks.items()),
+                loop.create_task(self._settle(knocks.values())),
                 loop.create_task(_watchdog()),
                 loop.create_task(self._tick()),
                 loop.create_task(self._write_counts()),
@@ -146,12 +156,12 @@ class Application:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            for server in servers.values():
+            for server in self._servers.values():
                 await server.close()
             for label, listener in self._listeners.items():
                 self._kept.close(label, listener, ends=True)
             await reader.close()
-            self._conversations.close()
+            self._offices.close()
             ended = await self._host.close()
             self._host.audit.close()
             if not ended:
@@ -159,31 +169,47 @@ class Application:
                 _log.error("the TPM does not answer; ending without it")
                 os._exit(_EX_SOFTWARE)
 
-    async def _listen(self) -> dict[str, VarlinkServer]:
-        """The sockets, by name. Who connects waits until the start is through: before, the state would be told wrongly."""
+    def _listen(self) -> None:
+        """Make the sockets. Who connects waits until the start is through: before, the state would be told wrongly."""
         try:
             self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._runtime.chmod(0o755)
         except OSError as err:
             raise StorageFailed(f"{self._runtime}: {err.strerror}") from err
-        info = Info("unsealerd", "unsealerd", __version__, _URL)
-        console = UnlockApi(self._host, self._conversations, console=True)
-        remote = UnlockApi(self._host, self._conversations, console=False)
-        admin = AdminApi(self._host, self._report, self._reload_now)
-        keys_server = VarlinkServer([self._keys.interface()], info, on_disconnect=self._keys.forget)
-        admin_server = VarlinkServer(
-            [admin.interface(), console.interface()], info, on_disconnect=console.forget
-        )
-        unlock_server = VarlinkServer([remote.interface()], info, on_disconnect=remote.forget)
         gid = _group(GATEWAY_GROUP)
-        servers = {"keys": keys_server, "admin": admin_server, "unlock": unlock_server}
         for label, mode, group in (
             ("keys", 0o666, None),
-            ("admin", 0o600, None),
-            ("unlock", 0o600 if gid is None else 0o660, gid),
+            (ADMIN, 0o600, None),
+            (UNLOCK, 0o600 if gid is None else 0o660, gid),
         ):
             self._listeners[label] = self._kept.listener(label, self._runtime / label, mode, group)
-        return servers
+
+    async def _serve(self, label: str, server: VarlinkServer) -> None:
+        self._servers[label] = server
+        await server.adopt(self._listeners[label].sock)
+
+    async def _open_office(self, label: str, knock: asyncio.Event) -> None:
+        """Serve one of the offices' sockets from when somebody knocks."""
+        loop = asyncio.get_running_loop()
+        sock = self._listeners[label].sock
+        loop.add_reader(sock, knock.set)
+        try:
+            await knock.wait()
+        finally:
+            loop.remove_reader(sock)
+        await self._serve(label, self._offices.server(label))
+
+    async def _settle(self, knocks: Iterable[asyncio.Event]) -> None:
+        """What can wait until the daemon is ready, and is not to wait for long."""
+        await asyncio.sleep(SETTLING)
+        for knock in knocks:
+            knock.set()
+        with contextlib.suppress(UnsealerdError):
+            await self._host.inspect(self._offices.load)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection has to look at it again
+        gc.enable()
+        hygiene.trim()
 
     async def _tick(self) -> None:
         """Rotations, overlaps and leases, when they are due."""
@@ -208,6 +234,8 @@ class Application:
         while True:
             await asyncio.sleep(_COUNT_INTERVAL)
             self._keys.flush()
+            for _ in self._host.audit.repeats.write():
+                await asyncio.sleep(0)  # each takes a sync: services are answered in between
 
     async def _reload(self, asked: asyncio.Event) -> None:
         while True:

@@ -1,5 +1,12 @@
-"""Reading the backup: who opens it, and what a file key gives."""
+"""Reading the backup: who opens it, what a file key gives, and whether that is this host's keyring.
 
+An age file that opens is not for that reason one that this host has written: the stanzas are made with public keys only. So what
+was opened is compared with what is pinned (unsealerd/keyringid.py), before anything is done with it or because of it.
+"""
+
+from pathlib import Path
+
+from unsealerd import keyringid
 from unsealerd.core import keyring as keyring_format
 from unsealerd.core.age import decrypt_payload, parse_header, verify_mac
 from unsealerd.core.keyring import Keyring
@@ -12,6 +19,8 @@ from unsealerd.errors import (
     AgeMacInvalid,
     AgePayloadInvalid,
     BackupDamaged,
+    BackupForeign,
+    ConfigInvalid,
     KeyringInvalid,
     SealRefused,
 )
@@ -19,26 +28,45 @@ from unsealerd.model import LockReason
 
 
 class BackupReader:
-    """``opened_for``: what the backup said of its operators that was opened last; None: nothing, or none was opened."""
+    """``opened_for``: what the backup said of its operators that was opened last; None: nothing, or none was opened.
 
-    def __init__(self, store: BackupStore) -> None:
+    ``foreign``: the id of the keyring that was refused last, and was not the pinned one as far as that can be read.
+    """
+
+    def __init__(self, store: BackupStore, id_file: Path) -> None:
         self._store = store
+        self.id_file = id_file
         self.opened_for: Rules | None = None
+        self.foreign: str | None = None
 
     def backup(self) -> Backup:
         """What the header of the backup on disk says of who opens it. Raises `BackupDamaged`, `NotInitialised`."""
         return _read(self._store.read())
 
-    def restored(self, data: bytes) -> None:
-        """This is the backup of a keyring that was never closed. Raises `BackupDamaged`."""
+    def restored(self, keyring: Keyring, data: bytes) -> None:
+        """This is the backup of a keyring that was never closed. Raises `BackupDamaged`, `BackupForeign`."""
+        self._require_ours(keyring)
         self._remember(data, _read(data))
+
+    def _require_ours(self, opened: Keyring) -> None:
+        """Raises `BackupForeign`. Where nothing is pinned every keyring is ours, and `status` says so."""
+        found = opened.id
+        try:
+            pinned = keyringid.read(self.id_file)
+        except ConfigInvalid as err:
+            self.foreign = found
+            raise BackupForeign(f"{err.detail}; until it can be read, no backup is known to be ours") from err
+        if pinned is not None and pinned != found:
+            self.foreign = found
+            raise BackupForeign(f"the backup is of the keyring {found}, and {self.id_file} names {pinned}")
+        self.foreign = None
 
     def _remember(self, data: bytes, backup: Backup) -> None:
         self._store.opened(data)
         self.opened_for = backup.sharing.rules if backup.sharing is not None else None
 
     def decrypt(self, file_key: SecretBuffer) -> Keyring:
-        """Raises `BackupDamaged`, `NotInitialised`."""
+        """Raises `BackupDamaged`, `BackupForeign`, `NotInitialised`."""
         data = self._store.read()
         backup = _read(data)
         try:
@@ -50,6 +78,11 @@ class BackupReader:
         except KeyringInvalid as err:
             plain.close()
             raise BackupDamaged(f"{err.name}: {err.detail}") from err
+        try:
+            self._require_ours(opened)
+        except BackupForeign:
+            opened.close()
+            raise
         self._remember(data, backup)
         return opened
 

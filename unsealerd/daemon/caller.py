@@ -15,8 +15,9 @@ import select
 import socket
 import struct
 from asyncio.trsock import TransportSocket
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from unsealerd.errors import CallerChanged
 
@@ -37,8 +38,7 @@ _NO_DESCRIPTOR = 2**31 - 1
 _CREDENTIAL_ADDRESS = re.compile(rb"\0[0-9a-f]{1,16}/unit/([^/\0]{1,255})/([^/\0]{1,255})")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """One process as it was when it connected.
 
     ``groups`` holds every group, the primary one included. ``unit`` is the unit of the *system* service manager;
@@ -69,18 +69,14 @@ def _unit_of_path(path: str) -> str | None:
     return None
 
 
-def unit_of(cgroup_text: bytes) -> str | None:
-    """The system unit of a process, from its ``/proc/PID/cgroup``, or None.
-
-    As sd_pid_get_unit(3), which reads cgroup v2 (``0::PATH``) or the named v1 hierarchy (``N:name=systemd:PATH``). Where both
-    say something they must say the same: a caller in doubt has no unit.
-    """
+def _paths(cgroup_text: bytes) -> tuple[str | None, str | None]:
+    """The paths in the two hierarchies that the service manager may use: cgroup v2, and the named one of v1."""
     unified: str | None = None
     named: str | None = None
     try:
         text = cgroup_text.decode("ascii")
     except UnicodeDecodeError:
-        return None
+        return None, None
     for line in text.split("\n"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -88,6 +84,16 @@ def unit_of(cgroup_text: bytes) -> str | None:
             unified = path
         elif controllers == "name=systemd":
             named = path
+    return unified, named
+
+
+def unit_of(cgroup_text: bytes) -> str | None:
+    """The system unit of a process, from its ``/proc/PID/cgroup``, or None.
+
+    As sd_pid_get_unit(3), which reads cgroup v2 (``0::PATH``) or the named v1 hierarchy (``N:name=systemd:PATH``). Where both
+    say something they must say the same: a caller in doubt has no unit.
+    """
+    unified, named = _paths(cgroup_text)
     if "/.." in f"{unified}{named}":
         return None  # outside of our cgroup namespace: the names there are not our service manager's
     if named is None:
@@ -98,11 +104,23 @@ def unit_of(cgroup_text: bytes) -> str | None:
     return None
 
 
+def _may_read_for(cgroup_text: bytes, unit: str) -> bool:
+    """Whether a root process in this cgroup may be the service manager's, reading a credential for ``unit``.
+
+    The manager reads credentials in a process that it has moved into the unit's cgroup before (exec-invoke.c). A root process
+    elsewhere, in a container that was given the socket for instance, is not believed. "/": the hierarchy is not used.
+    """
+    paths = [path for path in _paths(cgroup_text) if path is not None]
+    return bool(paths) and all(
+        path == "/" or ("/.." not in path and _unit_of_path(path) == unit) for path in paths
+    )
+
+
 def credential_unit(peer_address: bytes) -> tuple[str, str] | None:
     """(unit, credential) from the address that systemd binds when it connects for ``LoadCredential=``, or None.
 
     ``\\0RANDOM/unit/UNIT/CREDENTIAL`` (systemd.exec(5)). Anybody can bind such an address: it says something only when
-    the peer is root.
+    the peer is root, and where the unit is.
     """
     match = _CREDENTIAL_ADDRESS.fullmatch(peer_address)
     if match is None:
@@ -202,12 +220,15 @@ class Peer:
         try:
             address = sock.getpeername() if credentials and uid == 0 else b""
             found = credential_unit(address) if isinstance(address, bytes) else None
-            expected = b""
+            cgroup = os.open(f"{proc}/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+            expected = os.pread(cgroup, _CGROUP_BYTES, 0)
+            if found is not None and not _may_read_for(expected, found[0]):
+                found = None
             if found is not None:
                 caller = Caller(uid, gid, frozenset(), pid, found[0], via_systemd=True)
+                os.close(cgroup)
+                cgroup = None
             else:
-                cgroup = os.open(f"{proc}/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
-                expected = os.pread(cgroup, _CGROUP_BYTES, 0)
                 unit = unit_of(expected)
                 if unit is None:
                     # Nothing was granted for a unit, so there is nothing to lose by moving: life is all that is checked.

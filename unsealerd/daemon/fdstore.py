@@ -8,22 +8,21 @@ import logging
 import os
 import re
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd import notify
 
 _FIRST = 3  # SD_LISTEN_FDS_START
 _MAX_RECEIVED = 65536
 ROOM = 1024  # FileDescriptorStoreMax= of our unit; systemd says it itself from version 254 on
-_SHORT = 0.1  # seconds: on the event loop, for one reader of many
-_LONG = 5.0  # seconds: on the thread of the changes
+_PATIENCE = 5.0  # seconds: on the thread of the changes
 _NAME = re.compile(r"[!-9;-~]{1,255}")  # what systemd takes as FDNAME: printable, no colon
 
 _log = logging.getLogger("unsealerd")
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A descriptor from the store. Whoever takes it closes it."""
 
     name: str
@@ -47,13 +46,16 @@ class FdStore:
         room = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else ROOM
         return cls(available=bool(environment.get("NOTIFY_SOCKET")) and room > 0, room=room), received
 
-    def store(self, name: str, fd: int, *, until_hangup: bool = False) -> bool:
-        """Whether a copy of the descriptor was handed over. ``until_hangup``: the service manager drops a dead connection."""
+    def store(self, name: str, fd: int, *, until_hangup: bool = False, patience: float = _PATIENCE) -> bool:
+        """Whether a copy of the descriptor was handed over, in ``patience`` seconds.
+
+        ``until_hangup``: the service manager drops a dead connection.
+        """
         if not self.available or _NAME.fullmatch(name) is None:
             return False
         if until_hangup:
-            return notify.notify(fds=(fd,), patience=_SHORT, FDSTORE=1, FDNAME=name)
-        return notify.notify(fds=(fd,), patience=_LONG, FDSTORE=1, FDNAME=name, FDPOLL=0)
+            return notify.notify(fds=(fd,), patience=patience, FDSTORE=1, FDNAME=name)
+        return notify.notify(fds=(fd,), patience=patience, FDSTORE=1, FDNAME=name, FDPOLL=0)
 
     def remove(self, name: str) -> None:
         """Have every descriptor of this name closed."""

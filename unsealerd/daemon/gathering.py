@@ -7,7 +7,8 @@ TPM, the disk) leaves them: else one operator could cancel what the others gave.
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.core.age import verify_mac
 from unsealerd.core.secret import SecretBuffer
@@ -15,8 +16,7 @@ from unsealerd.core.sharing import Backup, Sharing
 from unsealerd.errors import AgeMacInvalid, BackupDamaged
 
 
-@dataclass(frozen=True, slots=True)
-class Combined:
+class Combined(msgspec.Struct, frozen=True):
     """What all shares together gave. The buffer is the caller's to wipe."""
 
     file_key: SecretBuffer
@@ -26,8 +26,7 @@ class Combined:
     """Whether each of these said so."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
+class _Given(msgspec.Struct, frozen=True):
     share: SecretBuffer
     accept_rollback: bool
 

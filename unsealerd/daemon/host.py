@@ -7,10 +7,12 @@ keyring that is current meanwhile. A replaced keyring is wiped here, on the loop
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from unsealerd.config import Config
+from unsealerd.config import Config, Operator
 from unsealerd.core import schedule
 from unsealerd.core.draft import Draft
 from unsealerd.core.keyring import Keyring
@@ -52,7 +54,8 @@ T = TypeVar("T")
 Facts = dict[str, object]
 """Who asked, as it stands in audit records."""
 
-LOCK_PATIENCE = 20  # seconds that `lock` waits for the TPM to make a sealed copy void
+LOCK_PATIENCE = 10  # seconds that `lock` waits for the change in hand, and then for the TPM
+_LOCKED = "locked by the administrator"
 UNSEAL_PATIENCE = 30  # seconds that the start waits for the TPM before it says that it is ready, locked
 
 _log = logging.getLogger("unsealerd")
@@ -62,12 +65,16 @@ class Host(Standing):
     def __init__(
         self,
         config: Config,
+        id_file: Path,
         clock: Callable[[], float],
         audit: AuditLog,
         descriptors: FdStore | None = None,
         received: Sequence[Received] = (),
     ) -> None:
-        """``received``: what the process before this one has left in the service manager's store; taken over."""
+        """``id_file``: what says which keyring is this host's (unsealerd/keyringid.py).
+
+        ``received``: what the process before this one has left in the service manager's store; taken over.
+        """
         super().__init__(clock, audit)
         self._directory = DurableDirectory(config.daemon.state_dir)
         self._link = TpmLink(self._directory)
@@ -75,10 +82,11 @@ class Host(Standing):
         store = BackupStore(self._directory)
         images = [entry for entry in received if entry.name.startswith(PREFIX)]
         self.kept = KeptMemory(descriptors or FdStore(), images, store.read, machine.boot_id)
-        self.keeper = Keeper(self._directory, store, self._link, self.kept, clock)
+        self.keeper = Keeper(self._directory, store, self._link, self.kept, clock, id_file)
         self.proofs = Proofs(self._directory)
         self._worker = Worker()
         self.policy_epoch = 0
+        self._on_configured: list[Callable[[], None]] = []
         self._sealing = False
         self.configure(config)
 
@@ -86,22 +94,15 @@ class Host(Standing):
 
     def configure(self, config: Config) -> None:
         """Take over a configuration. Raises `ConfigInvalid`; the one before then stays in force."""
-        from unsealerd.core.age import parse_recipient
-
         if not config.operators and self.keeper.store.present():
             raise ConfigInvalid(
                 "operator: there is a keyring, and without an operator nobody could ever unlock it again"
             )
         try:
-            operators = tuple(
-                KnownOperator(o.name, parse_recipient(o.recipient), o.groups, o.passphrase)
-                for o in config.operators
-            )
+            operators = tuple(_operator(o) for o in config.operators)
             rules = Rules(operators, config.unlock.threshold, config.unlock.require)
             if operators:
                 rules.check()
-        except IdentityInvalid as err:
-            raise ConfigInvalid(f"operator: {err.detail}") from err
         except ValueError as err:
             raise ConfigInvalid(f"operator, unlock: {err}") from err
         policy, missing = machine.policy_of(config)
@@ -114,6 +115,13 @@ class Host(Standing):
         tpm = config.tpm
         settings = None if tpm.tcti is None else TpmSettings(tpm.tcti, tpm.pcrs, config.seal.extra_resets)
         self.keeper.configure(rules, settings)
+        self.audit.limit(config.audit.max_size, config.audit.keep)
+        for follow in self._on_configured:
+            follow()
+
+    def on_configured(self, follow: Callable[[], None]) -> None:
+        """Call it whenever a configuration was taken over, before anything else can happen."""
+        self._on_configured.append(follow)
 
     async def reload(self, config: Config, facts: Facts | None = None) -> None:
         """Take over a configuration, make the keys that it declares, and write the backup to its operators."""
@@ -386,27 +394,40 @@ class Host(Standing):
             )
 
     async def _lock(self, facts: Facts) -> None:
-        async with self._worker.alone():
-            if self.state is not State.LOCKED or not self.kept.found:
-                self.open_keyring()
+        noted = self.state is State.UNLOCKED
+        if noted:
             self._note("lock", **facts)  # as `_disarm`
-            detail = "locked by the administrator"
-            try:
-                if self.keyring is not None and (
-                    self.keeper.plan is not None or self.keeper.has_sealed_copy()
-                ):
-                    await self._destroy_sealed(LOCK_PATIENCE)
-            finally:
-                # Whatever the disk and the TPM say, and if they say nothing at all: asked to lock, it locks.
-                if self.state is State.UNLOCKED:
-                    self._move(HostEvent.LOCK)
-                self._set_locked(LockReason.LOCKED_BY_ADMIN, detail)
-                self.kept.wipe()
-            self._note("locked", reason=self._reason())
-            try:
-                await self.inspect(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, detail))
-            except UnsealerdError as err:
-                _log.warning("a restart will not know why it is locked error=%s", err.name)
+            self.kept.wipe()  # first, whatever comes: a process that dies from here on comes back locked
+        try:
+            async with self._worker.alone(LOCK_PATIENCE):
+                await self._lock_alone({} if noted else facts, noted=noted)
+        except TpmFailed:
+            if self.state is State.LOCKED:
+                raise
+            # A change that hangs in the TPM uses the keyring: wiped under it, zeros would become the backup. The end of
+            # the process wipes all, and the service manager starts the next one, locked.
+            _log.error("locked by ending: the change in hand waits for the TPM")
+            os._exit(os.EX_SOFTWARE)
+
+    async def _lock_alone(self, facts: Facts, *, noted: bool) -> None:
+        if not noted:
+            if self.state is not State.LOCKED or not self.kept.found:
+                self.open_keyring()  # says why not
+            self._note("lock", **facts)
+        try:
+            if self.keyring is not None and (self.keeper.plan is not None or self.keeper.has_sealed_copy()):
+                await self._destroy_sealed(LOCK_PATIENCE)
+        finally:
+            # Whatever the disk and the TPM say, and if they say nothing at all: asked to lock, it locks.
+            if self.state is State.UNLOCKED:
+                self._move(HostEvent.LOCK)
+            self._set_locked(LockReason.LOCKED_BY_ADMIN, _LOCKED)
+            self.kept.wipe()
+        self._note("locked", reason=self._reason())
+        try:
+            await self.inspect(lambda: self._memory.remember(LockReason.LOCKED_BY_ADMIN, _LOCKED))
+        except UnsealerdError as err:
+            _log.warning("a restart will not know why it is locked error=%s", err.name)
 
     async def _unlock(self, file_key: SecretBuffer, facts: Facts, *, accept_rollback: bool) -> None:
         with file_key:
@@ -493,3 +514,14 @@ class Host(Standing):
             if reason in FINAL and (self.keeper.has_sealed_copy() or reason is LockReason.MEMORY_REFUSED):
                 self._memory.remember(reason, err.detail)
                 self.keeper.discard_refused()
+
+
+def _operator(declared: Operator) -> KnownOperator:
+    """Raises `ConfigInvalid` for what is no recipient."""
+    from unsealerd.core.age import parse_recipient
+
+    try:
+        recipient = parse_recipient(declared.recipient)
+    except IdentityInvalid as err:
+        raise ConfigInvalid(f"operator {declared.name}: {err.detail}") from err
+    return KnownOperator(declared.name, recipient, declared.groups, declared.passphrase)

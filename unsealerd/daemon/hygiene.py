@@ -1,11 +1,9 @@
 """How the process must run so that nothing secret is left behind, and out of others' reach.
 
-Imports nothing heavy: it runs first, and may replace the process.
+Imports next to nothing before the environment is right: it runs first, and may replace the process.
 """
 
-import ctypes
 import os
-import resource
 import sys
 
 # Freed memory is overwritten (perturb), small blocks included (PYTHONMALLOC, tcache_count), and the linker spills no vector
@@ -40,6 +38,9 @@ def harden() -> list[str]:
 
     Returns what could not be had, a sentence each.
     """
+    import ctypes
+    import resource
+
     warnings: list[str] = []
     libc = ctypes.CDLL(None, use_errno=True)
     for option, value, what in (
@@ -54,3 +55,12 @@ def harden() -> list[str]:
         resource.setrlimit(limit, (hard, hard))
     os.umask(0o077)
     return warnings
+
+
+def trim() -> None:
+    """Give memory that is free back to the kernel (malloc_trim(3)); where the C library cannot, nothing happens."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -6,7 +6,6 @@ are normative.
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -27,8 +26,7 @@ class Empty(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """No parameters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(msgspec.Struct, frozen=True):
     """`parameters` must be a Struct with ``forbid_unknown_fields``.
 
     It must have no ``msgspec.Raw`` in it, which would point into a buffer that is shared by all connections.
@@ -52,8 +50,7 @@ def load_description(name: str) -> str:
     return (resources.files("unsealerd.daemon") / "interfaces" / f"{name}.varlink").read_text("utf-8")
 
 
-@dataclass(slots=True)
-class Interface:
+class Interface(msgspec.Struct):
     """One interface that a server offers.
 
     `description` is loaded from the package when it is first asked for, unless given. `details`: errors carry
@@ -66,7 +63,7 @@ class Interface:
     details: bool = False
     malformed: type[UnsealerdError] = BadRequest
     description: str | None = None
-    _errors: dict[str, bytes] = field(default_factory=dict, repr=False)
+    _errors: dict[str, bytes] = {}  # a new one for each interface
 
     def text(self) -> str:
         if self.description is None:

@@ -13,7 +13,7 @@ The order of every change, and what a crash after each step leaves::
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -64,22 +64,19 @@ class SealPlan(msgspec.Struct, frozen=True):
     """Unix seconds; 0: no lease."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unsealed:
+class Unsealed(msgspec.Struct, frozen=True):
     keyring: Keyring
     proof: LockReason
     """How the TPM refused the sealed copy afterwards: the proof that it is destroyed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unlocked:
+class Unlocked(msgspec.Struct, frozen=True):
     keyring: Keyring
     written: bool
     """Whether the backup was written anew; not so if the TPM had to be done without."""
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """A change that is durable."""
 
     keyring: Keyring
@@ -95,10 +92,12 @@ class Keeper:
         link: TpmLink,
         kept: KeptMemory,
         clock: Callable[[], float],
+        id_file: Path,
     ) -> None:
+        """``id_file``: what says which keyring is this host's."""
         self._directory = directory
         self.store = store
-        self.reader = BackupReader(store)
+        self.reader = BackupReader(store, id_file)
         self._link = link
         self._kept = kept
         self._clock = clock
@@ -165,10 +164,15 @@ class Keeper:
             self._directory.remove(INITIALISING)
 
     def leftovers(self) -> tuple[str, ...]:
-        """The files of a keyring that there are, but for the pin of an initialisation that was cut off."""
+        """The files of a keyring that there are, but for the pin of an initialisation that was cut off.
+
+        And the one that says which keyring is this host's: it is written once there is a backup, so that was taken away.
+        """
         cut_off = (self._directory.path / INITIALISING).exists()
         names = (BACKUP, PREVIOUS, SEALED) if cut_off else (BACKUP, PREVIOUS, PIN, SEALED)
-        return tuple(name for name in names if (self._directory.path / name).exists())
+        found = tuple(name for name in names if (self._directory.path / name).exists())
+        id_file = self.reader.id_file
+        return (*found, str(id_file)) if id_file.exists() else found
 
     def unseal(self, amend: Callable[[Draft], None]) -> Unsealed:
         """Open the backup with the sealed copy, once; the sealed copy is dead afterwards, and that is proved.
@@ -186,7 +190,12 @@ class Keeper:
                 self._require_current(opened, tpm)
                 draft = Draft(opened)
                 amend(draft)
-                fresh = self._change(draft, generation=opened.metadata.generation + 1, tpm=tpm).keyring
+                fresh = self._change(
+                    draft,
+                    generation=opened.metadata.generation + 1,
+                    tpm=tpm,
+                    counter=opened.metadata.counter,
+                ).keyring
             try:
                 # Here a counter that lags behind is fatal: the copy would still work in this boot.
                 if self.counter_behind:
@@ -204,12 +213,12 @@ class Keeper:
         """
         keyring, data = self._kept.restore()
         try:
+            self.reader.restored(keyring, data)
             with self._link.session() as tpm:
                 if tpm is not None:
                     self._require_current(keyring, tpm)
                 elif keyring.metadata.counter is not None:
                     raise TpmMissing("the backup is tied to a TPM, and the configuration names none")
-            self.reader.restored(data)
             self.plan = self._lease(keyring)
         except BaseException:
             keyring.close()
@@ -246,10 +255,12 @@ class Keeper:
             # Or one line of the configuration would turn the promise off, and that file is on the disk, too.
             raise TpmMissing("the backup is tied to a TPM, and the configuration names none")
         with self._link.session(attach=False) as tpm:
+            counter = None
             if tpm is not None:
                 try:
                     self._link.attach(tpm)
                     self._require_current(opened, tpm)
+                    counter = opened.metadata.counter
                 except TpmChanged:
                     if not accept_rollback:
                         raise
@@ -259,7 +270,9 @@ class Keeper:
                         raise
             draft = Draft(opened)
             amend(draft)
-            return self._change(draft, generation=opened.metadata.generation + 1, tpm=tpm).keyring
+            return self._change(
+                draft, generation=opened.metadata.generation + 1, tpm=tpm, counter=counter
+            ).keyring
 
     # --- changing
 
@@ -300,7 +313,12 @@ class Keeper:
                 self._require_current(current, tpm)
             generation = current.metadata.generation + 1
             return self._change(
-                draft, generation=generation, tpm=tpm, plan=plan, forget_previous=forget_previous
+                draft,
+                generation=generation,
+                tpm=tpm,
+                counter=current.metadata.counter,
+                plan=plan,
+                forget_previous=forget_previous,
             )
 
     def _change(
@@ -309,13 +327,15 @@ class Keeper:
         *,
         generation: int,
         tpm: "Tpm | None",
+        counter: int | None = None,
         plan: SealPlan | None = None,
         forget_previous: bool = False,
     ) -> Written:
+        """``counter``: the TPM's, when `_require_current` has just found it; the increment reads it again, and compares."""
         rules = self._rules  # of one moment: the loop may take over another configuration meanwhile
         if not rules.operators:
             raise ConfigInvalid("no [[operator]]: nobody could ever unlock this host")
-        value = None if tpm is None else tpm.counter() + 1
+        value = None if tpm is None else (tpm.counter() if counter is None else counter) + 1
         fresh = draft.build(generation=generation, counter=value, now=self.now)
         try:
             with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
@@ -381,7 +401,10 @@ class Keeper:
     # --- parts
 
     def _require_current(self, opened: Keyring, tpm: "Tpm") -> None:
-        """Raises `Rollback` or `TpmChanged`. Completes a write that was cut off before its increment."""
+        """Raises `Rollback` or `TpmChanged`. Completes a write that was cut off before its increment.
+
+        The values are not told: the audit log is on the disk, and they are what an older, or a foreign, backup would have to say.
+        """
         value = opened.metadata.counter
         if value is None:
             raise TpmChanged("the backup was written without a TPM")
@@ -389,9 +412,9 @@ class Keeper:
         if value == counter + 1:
             counter = tpm.increment()
         if value < counter:
-            raise Rollback(f"the backup has the value {value}, the TPM's counter is at {counter}")
+            raise Rollback("the TPM's counter has moved on since the backup was written")
         if value > counter:
-            raise TpmChanged(f"the backup has the value {value}, the TPM's counter is only at {counter}")
+            raise TpmChanged("the backup is ahead of the TPM's counter")
 
     def _sealed_copy(self) -> "SealedCopy":
         from unsealerd.tpm.sealed import SealedCopy

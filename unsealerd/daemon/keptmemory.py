@@ -20,8 +20,9 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from unsealerd.core import keyring as keyring_format
 from unsealerd.core.keyring import Keyring
@@ -52,8 +53,7 @@ _FULL = "too many images wait to be dropped"
 _log = logging.getLogger("unsealerd")
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
+class _Image(msgspec.Struct, frozen=True):
     name: str
     digest: str
     """SHA-256 of the backup, hex; empty if the image says nothing that can be believed."""

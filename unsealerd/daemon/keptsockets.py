@@ -13,7 +13,6 @@ images of the keyring.
 import contextlib
 import logging
 import os
-import secrets
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ _RESERVED = 16  # places in the store that are for the images
 MAX_LISTENERS = 512
 MAX_READERS = 256
 MAX_READERS_PER_UID = 16  # root excepted: it is systemd that reads for units
+_PATIENCE = 0.1  # seconds, on the event loop: for root only, or any user could stop the loop by connecting
 
 _log = logging.getLogger("unsealerd")
 
@@ -121,8 +121,8 @@ class KeptSockets:
                 return
             if uid != 0 and self._count(uid) >= MAX_READERS_PER_UID:
                 return
-            name = f"{READER}{secrets.token_hex(8)}.{label}"
-            if self._store.store(name, sock.fileno(), until_hangup=True):
+            name = f"{READER}{os.urandom(8).hex()}.{label}"
+            if self._store.store(name, sock.fileno(), until_hangup=True, patience=0 if uid else _PATIENCE):
                 self._readers[name] = sock
 
     def _room(self) -> bool:

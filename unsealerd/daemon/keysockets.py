@@ -22,8 +22,9 @@ import resource
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from unsealerd.daemon.caller import Peer
 from unsealerd.daemon.fdstore import FdStore
@@ -47,21 +48,21 @@ _PLAIN_SEND_BYTES = 64 * 1024  # fits every default send buffer
 _DRAIN_BYTES = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class KeyLimits:
+class KeyLimits(msgspec.Struct, frozen=True):
     """``open``: accepted connections at a time (never more than half of RLIMIT_NOFILE is used)."""
 
     open: int = 16384
     open_per_uid: int = 512  # of one user, root excepted; who has more is denied over and over, and is let go
     backlog: int = 512  # waiting for an unlock, for each key; who connects beyond that waits in connect(2)
-    accepts_per_turn: int = 64
+    held: int = 4096  # denied readers that are not root, of all users together; who comes then is let go
+    accepts_per_turn: int = 1  # so that who connects in a loop takes turns with everybody else
     retry_seconds: float = 1.0  # after running out of descriptors, or out of disk for the audit log
 
 
 class KeyConnection:
     """One reader. `send_secret` ends it; otherwise it is held until the reader gives up."""
 
-    __slots__ = ("_owner", "counted", "name", "parked", "peer", "sock", "task", "told", "turn")
+    __slots__ = ("_owner", "counted", "held", "name", "parked", "peer", "sock", "task", "told", "turn")
 
     def __init__(self, owner: "KeySockets", name: str, sock: socket.socket) -> None:
         self._owner = owner
@@ -72,6 +73,7 @@ class KeyConnection:
         self.turn = 0
         self.told = False  # that it waits, to the log
         self.counted = False  # among the readers of its user
+        self.held = False  # denied, and not root's
         self.parked = False  # waits for `KeySockets.resume`
 
     @property
@@ -141,6 +143,7 @@ class KeySockets:
         self._listeners: dict[str, Listener] = {}
         self._open: set[KeyConnection] = set()
         self._per_uid: Counter[int] = Counter()
+        self._held = 0
         self._running = False
         self._accepting = False
         self._retry: asyncio.TimerHandle | None = None
@@ -296,13 +299,7 @@ class KeySockets:
             if connection.peer is None:
                 connection.peer = Peer.of(connection.sock, credentials=True)
                 if not self._count(connection.peer.caller.uid):
-                    _log.warning(
-                        "key_reader_let_go key=%s uid=%d", connection.name, connection.peer.caller.uid
-                    )
-                    # For the service manager's copy, too, if there is one.
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                    self.release(connection)
+                    self._let_go(connection, connection.peer.caller.uid)
                     return
                 connection.counted = True
         except CallerChanged as error:
@@ -353,8 +350,23 @@ class KeySockets:
         """Neither a key nor an end, until the reader gives up."""
         pid = connection.peer.caller.pid if connection.peer is not None else 0
         _log.warning("key_reader_held key=%s pid=%d why=%s", connection.name, pid, why)
-        if connection.peer is not None:
-            connection.peer.close()
+        if connection.peer is None:
+            return
+        connection.peer.close()
+        uid = connection.peer.caller.uid
+        if uid != 0 and self._held >= min(self._limits.held, self._most // 2):
+            # One user may have many uids (user namespaces): all together hold no more than this from the others.
+            self._let_go(connection, uid)
+        elif uid != 0:
+            connection.held = True
+            self._held += 1
+
+    def _let_go(self, connection: KeyConnection, uid: int) -> None:
+        """It reads an end without data. Never for root: that may be the service manager, which starts a unit with it."""
+        _log.warning("key_reader_let_go key=%s uid=%d", connection.name, uid)
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)  # for the service manager's copy, too, if there is one
+        self.release(connection)
 
     def release(self, connection: KeyConnection) -> None:
         """Close our copy of the connection: it was served, or its reader gave up."""
@@ -365,6 +377,7 @@ class KeySockets:
             connection.task.cancel()  # nobody waits for it any more, and it may wait for long
         if connection.counted and connection.peer is not None:
             self._per_uid[connection.peer.caller.uid] -= 1
+        self._held -= connection.held
         self._hangups.forget(connection.sock.fileno())
         connection.sock.close()
         if connection.peer is not None:

@@ -3,9 +3,10 @@
 import os
 import socket
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+import msgspec
 
 from unsealerd.errors import ConfigInvalid, StorageFailed
 
@@ -13,8 +14,7 @@ BACKLOG = 512
 _SUN_PATH_BYTES = 107  # unix(7): 108 with the final NUL
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
+class Listener(msgspec.Struct, frozen=True):
     """``sock`` listens at ``path``; ``inode`` (device, number) says whether the file there is still ours."""
 
     sock: socket.socket

@@ -8,6 +8,7 @@ from unsealerd.daemon.tpmlink import TpmLink
 from unsealerd.errors import (
     AuditUnwritable,
     BackupDamaged,
+    BackupForeign,
     NotInstalled,
     Rollback,
     StorageFailed,
@@ -29,6 +30,7 @@ LOCKS: dict[type[UnsealerdError], LockReason] = {
     TpmFailed: LockReason.TPM_FAILED,
     Rollback: LockReason.ROLLBACK,
     BackupDamaged: LockReason.BACKUP_DAMAGED,
+    BackupForeign: LockReason.BACKUP_FOREIGN,
     StorageFailed: LockReason.STORAGE_FAILED,
     AuditUnwritable: LockReason.STORAGE_FAILED,
 }
@@ -68,9 +70,15 @@ class LockMemory:
         self._directory.write(_LOCK_FILE, msgspec.json.encode(record))
 
     def forget(self) -> None:
-        """The host is unlocked. Raises `StorageFailed`."""
-        if (self._directory.path / _LOCK_FILE).exists():
-            self._directory.remove(_LOCK_FILE)
+        """The host is unlocked. Raises `StorageFailed`.
+
+        Not synced: what comes back after the machine has crashed is of another boot, and `recall` does not believe it.
+        """
+        path = self._directory.path / _LOCK_FILE
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as err:
+            raise StorageFailed(f"{path}: {err.strerror}") from err
 
     def recall(self) -> tuple[LockReason, str] | None:
         """The reason from before a restart of the daemon, if neither the machine nor the TPM was reset since."""

@@ -1,12 +1,14 @@
 """``unsealerd [--config FILE]``: the daemon's process."""
 
+import gc
 import sys
 
+from unsealerd import __version__
 from unsealerd.daemon import hygiene
 
 EX_SOFTWARE = 70
 EX_CONFIG = 78  # sysexits.h; systemd shows it by name
-_USAGE = "usage: unsealerd [--config FILE]"
+_USAGE = "usage: unsealerd [--config FILE] | --version"
 
 
 def main() -> int:
@@ -15,6 +17,9 @@ def main() -> int:
     if config_path is None:
         return 2
     warning = hygiene.ensure_environment()  # may not return; so before everything that takes time to import
+    gc.disable()  # a start makes no garbage worth looking for; enabled a moment after it is ready
+    # The import system's way to say that a module is not there: asyncio then does without TLS, as in a Python without it.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
     from pathlib import Path
 
     from unsealerd.config import DEFAULT_PATH, load
@@ -47,6 +52,9 @@ def _parse(arguments: list[str]) -> str | None:
             return option.removeprefix("--config=")
         case ["-h" | "--help"]:
             print(_USAGE)
+            raise SystemExit(0)
+        case ["--version"]:
+            print(f"unsealerd {__version__}")
             raise SystemExit(0)
         case _:
             print(_USAGE, file=sys.stderr)

@@ -28,6 +28,14 @@ class Proofs:
         """These opened the backup just now. ``operators``: of the configuration. Raises `StorageFailed`."""
         self._write({**self._kept(operators), **dict.fromkeys(recipients, now)})
 
+    def note(self, recipients: Collection[str], operators: tuple[KnownOperator, ...], now: int) -> None:
+        """The same, but on disk only with the next `save`."""
+        self._known = {**self._kept(operators), **dict.fromkeys(recipients, now)}
+
+    def save(self) -> None:
+        """Raises `StorageFailed`."""
+        self._write(self._proofs())
+
     def retain(self, operators: tuple[KnownOperator, ...]) -> None:
         """Forget who is no operator any more. Raises `StorageFailed`."""
         kept = self._kept(operators)

@@ -5,12 +5,13 @@ import os
 
 import msgspec
 
+from unsealerd import keyringid
 from unsealerd.core.secret import SecretMemoryKind
 from unsealerd.daemon import machine
 from unsealerd.daemon.host import Host
 from unsealerd.daemon.store import BACKUP
 from unsealerd.daemon.unlocking import Conversations
-from unsealerd.errors import TpmChanged, TpmFailed, TpmLockout, TpmMissing, UnsealerdError
+from unsealerd.errors import ConfigInvalid, TpmChanged, TpmFailed, TpmLockout, TpmMissing, UnsealerdError
 from unsealerd.model import State
 
 PROVEN_FOR = 90 * 86400
@@ -46,6 +47,7 @@ class Report:
                 "path": str(host.config.daemon.state_dir / BACKUP),
                 "written": host.keeper.store.written_at,
             },
+            "keyring": self.keyring(),
             "boot_id": machine.boot_id(),
             "host_name": machine.host_name(),
             "secret_memory": self._secret_memory.value,
@@ -65,6 +67,28 @@ class Report:
             "deadline": (plan.deadline or None) if plan is not None else None,
             "on": [kind.value for kind in settings.on],
             "extra_resets": settings.extra_resets,
+        }
+
+    def pending_rules(self) -> str | None:
+        """`Conversations.pending_rules`."""
+        return self._conversations.pending_rules()
+
+    def keyring(self) -> dict[str, object]:
+        """Which keyring is open, which one is this host's, and which one was refused because it is not."""
+        host = self._host
+        path = host.keeper.reader.id_file
+        pinned: str | None = None
+        error: str | None = None
+        try:
+            pinned = keyringid.read(path)
+        except ConfigInvalid as err:
+            error = err.detail
+        return {
+            "id": host.keyring.id if host.keyring is not None else None,
+            "file": str(path),
+            "pinned": pinned,
+            "error": error,
+            "foreign": host.keeper.reader.foreign if host.state is State.LOCKED else None,
         }
 
     def _keys(self) -> list[str]:
@@ -102,9 +126,32 @@ class Report:
             warnings.append("no memfd_secret: keys are in locked memory that root and the kernel can read")
         if self._host.keeper.counter_behind:
             warnings.append("the TPM's counter is behind the backup: it is tried again at the next change")
+        if pending := self.pending_rules():
+            warnings.append(pending)
+        if unpinned := self._unpinned():
+            warnings.append(unpinned)
         if unproven := self._unproven():
             warnings.append(unproven)
         return warnings
+
+    def _unpinned(self) -> str | None:
+        """Whether another backup than this host's could be opened, or its own no more."""
+        facts = self.keyring()
+        file, opened, pinned = facts["file"], facts["id"], facts["pinned"]
+        if facts["error"] is not None:
+            return f"{facts['error']}: no backup is opened until it can be"
+        if pinned is not None:
+            return (
+                f"{file} does not name the keyring that is open: the next start will not open it"
+                if opened not in (None, pinned)
+                else None
+            )
+        if self._host.state is State.UNINITIALISED:
+            return None
+        return (
+            f"{file} is missing: a backup that somebody else has made for these operators would be opened. "
+            "Once unlocked: `unsealctl backup pin`"
+        )
 
     def _unproven(self) -> str | None:
         """Whether so few operators are known to be able to unlock that the loss of one more key could be the end."""

@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from unsealerd.daemon.store import SMALL_FILE, DurableDirectory
 from unsealerd.errors import TpmChanged, TpmMissing, UnsealerdError
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
 PIN = "tpm.json"
 
 
-@dataclass(frozen=True, slots=True)
-class TpmSettings:
+class TpmSettings(msgspec.Struct, frozen=True):
     tcti: str
     pcrs: tuple[int, ...]
     extra_resets: int

@@ -44,6 +44,7 @@ class UnlockApi:
         self._host = host
         self._conversations = conversations
         self._console = console
+        self._boot_id = machine.boot_id()
 
     def interface(self) -> Interface:
         return Interface(
@@ -85,7 +86,7 @@ class UnlockApi:
                     for q in challenge.questions
                 ],
                 "lock_reason": reason.value if reason is not None else "",
-                "boot_id": machine.boot_id(),
+                "boot_id": self._boot_id,
                 "host_name": machine.host_name(),
                 "uptime": machine.uptime(),
                 "generation": self._host.last_generation,

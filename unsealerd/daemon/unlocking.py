@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from unsealerd.core.rules import KnownOperator
+from unsealerd.core.rules import KnownOperator, Rules
 from unsealerd.core.session import (
     LIFETIME,
     SESSION_ID_SIZE,
@@ -100,6 +100,7 @@ class Conversations:
         self._gathering = Gathering(monotonic, self._shares_dropped)
         self._operators = host.operators
         host.watchers.add(self._state_changed)
+        host.on_configured(self._follow_operators)
 
     async def hello(
         self,
@@ -185,7 +186,7 @@ class Conversations:
                 "operators": list(opened.session.operators),
                 "reason": _printable(reason, _MAX_REASON) or None,
             }
-            self._host.audit.append("drill_answer" if drill else "unlock_answer", **who)
+            self._record_try("drill_answer" if drill else "unlock_answer", who)
             judgement: Judgement | None = None
             try:
                 backup = self._require_current(opened.session)
@@ -212,7 +213,16 @@ class Conversations:
             self.end(connection)
 
     async def _unlock(self, backup: Backup, judgement: Judgement, who: Facts, accept_rollback: bool) -> None:
-        self._prove(backup, judgement)
+        self._host.proofs.note(self._recipients(backup, judgement), self._host.operators, self._host.now)
+        try:
+            await self._open_with(backup, judgement, who, accept_rollback)
+        finally:
+            # A hint that decides nothing: it is written when the operator, who waits, has the result.
+            asyncio.get_running_loop().call_later(0, self._save_proofs)
+
+    async def _open_with(
+        self, backup: Backup, judgement: Judgement, who: Facts, accept_rollback: bool
+    ) -> None:
         if judgement.file_key is not None:
             await self._host.unlock(judgement.file_key, who, accept_rollback=accept_rollback)
         elif backup.split is not None:
@@ -239,7 +249,6 @@ class Conversations:
     ) -> None:
         """Keep the shares for those that are still to come. Takes them over."""
         try:
-            self._follow_operators()
             present = {*self._gathering.answered, *judgement.accepted}
             self._host.audit.append(
                 "unlock_share",
@@ -277,7 +286,6 @@ class Conversations:
         members = tuple(operator.name for _, operator in backup.members(self._host.operators))
         if backup.split is None:
             return Shares(0, 1, missing=members)
-        self._follow_operators()
         self._gathering.follow(backup)
         rules, answered = backup.split.rules, self._gathering.answered
         return Shares(
@@ -287,6 +295,29 @@ class Conversations:
             tuple(name for name in members if name not in answered),
             rules.unmet(answered),
             self._gathering.seconds_left,
+        )
+
+    def pending_rules(self) -> str | None:
+        """In a sentence, that the backup on disk opens by other rules than the configuration's; None if it does not.
+
+        Nobody can write it anew while the host is locked.
+        """
+        if self._host.state is not State.LOCKED:
+            return None
+        try:
+            backup = self._current_backup()
+        except (BackupDamaged, NotInitialised):
+            return None
+        wanted = self._host.config.unlock
+        rules = backup.sharing.rules if backup.sharing is not None else Rules(())
+        threshold, require = rules.threshold, rules.require
+        count = len(rules.operators or backup.header.stanzas)
+        if (threshold, set(require)) == (wanted.threshold, set(wanted.require)):
+            return None
+        among = f", {' and '.join(require)} among them" if require else ""
+        return (
+            "[unlock] of the configuration applies when the keyring is written next, after an unlock: "
+            f"the backup on this disk still opens with {threshold} of {count} operators{among}"
         )
 
     def close(self) -> None:
@@ -354,7 +385,18 @@ class Conversations:
         return backup
 
     def _refused(self, drill: bool, error: str, who: Facts) -> None:
-        self._host.audit.append("drill_refused" if drill else "unlock_refused", error=error, **who)
+        self._record_try("drill_refused" if drill else "unlock_refused", who, error=error)
+
+    def _record_try(self, event: str, who: Facts, **about: object) -> None:
+        """What whoever names an operator can have written at will. What an answer opens has a record of its own."""
+        peer = str(who["peer"])
+        self._host.audit.repeats.record(
+            event,
+            room="console" if peer == _CONSOLE else "network",
+            source={"peer": peer if peer == _CONSOLE else _site_of(peer)},
+            about={**about, "operators": who["operators"]},
+            facts={**about, **who},
+        )
 
     def _recipients(self, backup: Backup, judgement: Judgement) -> set[str]:
         return {
@@ -363,12 +405,10 @@ class Conversations:
             if operator.name in judgement.accepted
         }
 
-    def _prove(self, backup: Backup, judgement: Judgement) -> None:
-        """Remember who has just opened the backup. That it cannot be remembered is no reason not to unlock."""
+    def _save_proofs(self) -> None:
+        """That it cannot be remembered is no reason not to unlock."""
         try:
-            self._host.proofs.record(
-                self._recipients(backup, judgement), self._host.operators, self._host.now
-            )
+            self._host.proofs.save()
         except StorageFailed as err:
             _log.warning("who was proven is not remembered: %s", err.detail)
 

@@ -8,13 +8,12 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from unsealerd.daemon.caller import Peer
+from unsealerd.daemon.caller import Caller, Peer
 from unsealerd.daemon.connection import Connection
 from unsealerd.daemon.hangup import HangUps
 from unsealerd.daemon.interface import Empty, Handler, Interface, Method, Result, error_reply
@@ -31,8 +30,7 @@ _log = logging.getLogger(__name__)
 _SERVICE = "org.varlink.service"
 
 
-@dataclass(frozen=True, slots=True)
-class Info:
+class Info(msgspec.Struct, frozen=True):
     """What GetInfo says."""
 
     vendor: str
@@ -41,8 +39,7 @@ class Info:
     url: str
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """A method, ready to be called."""
 
     interface: Interface
@@ -60,7 +57,7 @@ class VarlinkServer:
 
     To be made inside of a running event loop. `on_connect` runs before the first message and may raise an `UnsealerdError`,
     which is sent before the connection is closed; `on_disconnect` runs once for each connection that was let in,
-    while its ``peer`` still is there.
+    while its ``peer`` still is there. The last ``limits.reserved`` places are for those of whom ``entitled`` says so.
     """
 
     def __init__(
@@ -71,6 +68,7 @@ class VarlinkServer:
         *,
         on_connect: Callable[[Connection], None] | None = None,
         on_disconnect: Callable[[Connection], None] | None = None,
+        entitled: Callable[[Caller], bool] | None = None,
         peer_of: Callable[[Any], Peer] = Peer.of,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -83,6 +81,7 @@ class VarlinkServer:
         self._per_uid: Counter[int] = Counter()
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
+        self._entitled = entitled
         self._peer_of = peer_of
         self._listeners: list[Listener] = []
         self._socks: list[socket.socket] = []
@@ -175,6 +174,10 @@ class VarlinkServer:
         if self._per_uid[peer.caller.uid] >= self.limits.connections_per_uid:
             peer.close()
             raise LimitExceeded("connections of this user")
+        last = len(self.connections) >= self.limits.connections - self.limits.reserved
+        if last and self._entitled is not None and not self._entitled(peer.caller):
+            peer.close()
+            raise LimitExceeded("connections")
         connection.peer = peer
         connection.admitted = True
         self.connections.add(connection)

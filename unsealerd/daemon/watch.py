@@ -1,13 +1,13 @@
 """Those who want to hear of lock, unlock and rotation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.model import State
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """``event``: state, locked, unlocked, created, rotated or revoked."""
 
     event: str

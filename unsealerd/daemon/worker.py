@@ -35,10 +35,10 @@ class Worker:
         return await asyncio.shield(self.begin(change))
 
     @contextlib.asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """No other change meanwhile. Raises `TpmFailed` if the one before does not come to an end."""
+    async def alone(self, patience: float = _BUSY_PATIENCE) -> AsyncIterator[None]:
+        """No other change meanwhile. Raises `TpmFailed` if the one before does not come to an end in ``patience`` seconds."""
         try:
-            await asyncio.wait_for(self._changing.acquire(), _BUSY_PATIENCE)
+            await asyncio.wait_for(self._changing.acquire(), patience)
         except TimeoutError as err:
             raise TpmFailed("the change before this one waits for the TPM, which does not answer") from err
         try:

@@ -5,6 +5,7 @@ Varlink frames are JSON objects ended by NUL (varlink.org, "Protocol").
 """
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -38,24 +39,32 @@ class _Reply(msgspec.Struct, frozen=True):
 
 
 class DaemonLink:
-    """One connection, one call at a time."""
+    """One connection, one call at a time.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> None:
-        self._reader = reader
-        self._writer = writer
+    The socket itself, and no stream around it: what the daemon is asked fits its buffer, and the answer is one frame.
+    """
+
+    def __init__(self, sock: socket.socket, seconds: float) -> None:
+        self._sock = sock
         self._seconds = seconds
 
     @classmethod
-    async def connect(cls, path: Path, seconds: float) -> Self:
-        """``seconds``: how long one call may take. Raises `DaemonUnreachable`, `LimitExceeded`."""
+    def connect(cls, path: Path, seconds: float) -> Self:
+        """``seconds``: how long one call may take. Never waits. Raises `DaemonUnreachable`, `LimitExceeded`."""
         try:
-            async with asyncio.timeout(seconds):
-                reader, writer = await asyncio.open_unix_connection(path, limit=MAX_REPLY_BYTES)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as err:
+            raise LimitExceeded(f"no descriptor for the daemon: {err.strerror}") from err
+        try:
+            sock.setblocking(False)
+            sock.connect(str(path))
         except BlockingIOError as err:  # EAGAIN: the daemon's queue of connections is full
+            sock.close()
             raise LimitExceeded("the daemon is busy") from err
-        except OSError as err:  # TimeoutError is one
+        except OSError as err:
+            sock.close()
             raise DaemonUnreachable(f"{path}: {err}") from err
-        return cls(reader, writer, seconds)
+        return cls(sock, seconds)
 
     async def hello(self, call: HelloCall) -> Challenge:
         return (await self._call("Hello", call, HelloReply)).challenge
@@ -71,13 +80,12 @@ class DaemonLink:
         frame = msgspec.json.encode(_Call(f"{INTERFACE}.{method}", parameters)) + b"\0"
         try:
             async with asyncio.timeout(self._seconds):
-                self._writer.write(frame)
-                await self._writer.drain()
-                answer = await self._reader.readuntil(b"\0")
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as err:
+                await asyncio.get_running_loop().sock_sendall(self._sock, frame)
+                answer = await self._frame()
+        except OSError as err:  # TimeoutError is one
             raise DaemonUnreachable(f"no answer to {method}: {err}") from err
         try:
-            envelope = msgspec.json.decode(answer[:-1], type=_Reply)
+            envelope = msgspec.json.decode(answer, type=_Reply)
             if envelope.error is not None:
                 raise from_daemon(envelope.error)(envelope.error)
             return msgspec.json.decode(envelope.parameters, type=reply)
@@ -85,9 +93,23 @@ class DaemonLink:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise DaemonUnreachable(f"an answer to {method} that is not io.unsealerd.Unlock's") from err
 
-    async def __aenter__(self) -> Self:
+    async def _frame(self) -> bytes:
+        """One answer, without its NUL. Raises `DaemonUnreachable`, ``OSError``."""
+        loop = asyncio.get_running_loop()
+        received = b""
+        while b"\0" not in received:
+            room = MAX_REPLY_BYTES - len(received)
+            part = await loop.sock_recv(self._sock, room) if room else b""
+            if not part:
+                raise DaemonUnreachable("an answer without an end")
+            received += part
+        answer, _, more = received.partition(b"\0")
+        if more:
+            raise DaemonUnreachable("more than one answer")
+        return answer
+
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        # Nothing is waiting to be written: abort closes at once, and the daemon's session with it.
-        self._writer.transport.abort()
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()  # and the daemon's session with it

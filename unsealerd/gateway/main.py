@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from unsealerd import config
-from unsealerd.config import Config
+from unsealerd import __version__
 from unsealerd.errors import ConfigInvalid, Fault, UnsealerdError
-from unsealerd.gateway import identity
+from unsealerd.gateway import identity, settings
 from unsealerd.gateway.limits import Limits
+from unsealerd.gateway.settings import Settings
 from unsealerd.notify import notify
 
 EX_USAGE = 2
@@ -40,11 +40,12 @@ _HINTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="unsealerd-gateway", description="The gRPC gateway of unsealerd.")
-    parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH, metavar="FILE")
+    parser.add_argument("--config", type=Path, default=settings.DEFAULT_PATH, metavar="FILE")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return serve(config.load(options.config), Limits())
+        return serve(settings.load(options.config), Limits())
     except UnsealerdError as err:
         print(f"unsealerd-gateway: {err.name}: {err.detail}", file=sys.stderr)
         print(
@@ -59,11 +60,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EX_USAGE, f"{self.prog}: {message}\nhint: see {self.prog} --help\n")
 
 
-def serve(settings: Config, limits: Limits) -> int:
+def serve(configured: Settings, limits: Limits) -> int:
     """Until SIGTERM or SIGINT. Raises `NotInitialised`, `AccessDenied`, `StorageFailed`, `IdentityInvalid`, `ConfigInvalid`."""
     _harden()
-    directory = settings.daemon.state_dir / "gateway"
-    tls = identity.load(directory)
+    tls = identity.load(configured.identity_dir)
     # gRPC for Python cannot be told a lowest version of TLS. But every suite of TLS 1.2 names the kind of key that the server
     # signs with (RFC 5246 section A.5), and the only one left here needs RSA where our key is on P-256: no
     # TLS 1.2 handshake can succeed. The suites of TLS 1.3 (RFC 8446 section B.4) are not chosen by this variable.
@@ -77,11 +77,11 @@ def serve(settings: Config, limits: Limits) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        gateway = Gateway(settings.daemon.runtime_dir / "unlock", tls, limits)
+        gateway = Gateway(configured.socket, tls, limits)
         try:
-            bound = await gateway.start(settings.gateway.listen)
+            bound = await gateway.start(configured.listen)
         except ConfigInvalid:
-            identity.check(directory)  # gRPC says of a bad key what it says of a bad address
+            identity.check(configured.identity_dir)  # gRPC says of a bad key what it says of a bad address
             raise
         for address in bound:
             logging.info("listening on %s", address)

@@ -59,7 +59,7 @@ class Gateway:
                 port = self._server.add_secure_port(address, credentials)
                 bound.append(f"{address.rpartition(':')[0]}:{port}")
         except RuntimeError as err:
-            raise ConfigInvalid(f"gateway.listen: cannot listen on {address}") from err
+            raise ConfigInvalid(f"listen: cannot listen on {address}") from err
         await self._server.start()
         return bound
 
@@ -92,7 +92,7 @@ class Gateway:
         if data is EOF:
             return False
         call = translate.request(data, peer)
-        async with await DaemonLink.connect(self._socket, self._limits.daemon_seconds) as link:
+        with DaemonLink.connect(self._socket, self._limits.daemon_seconds) as link:
             while True:
                 match call:
                     case HelloCall():
@@ -108,9 +108,11 @@ class Gateway:
 
     async def _get_status(self, _request: bytes, context: _Context) -> bytes:
         try:
-            with self._admission.admit(peer_address(context.peer())):
-                async with await DaemonLink.connect(self._socket, self._limits.daemon_seconds) as link:
-                    return translate.status(await link.status())
+            with (
+                self._admission.admit(peer_address(context.peer())),
+                DaemonLink.connect(self._socket, self._limits.daemon_seconds) as link,
+            ):
+                return translate.status(await link.status())
         except UnsealerdError as err:
             await _abort(context, err)
 

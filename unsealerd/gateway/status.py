@@ -20,6 +20,7 @@ _CODES: dict[type[errors.UnsealerdError], StatusCode] = {
     errors.NotLocked: StatusCode.FAILED_PRECONDITION,
     errors.NotInitialised: StatusCode.FAILED_PRECONDITION,
     errors.Rollback: StatusCode.FAILED_PRECONDITION,
+    errors.BackupForeign: StatusCode.FAILED_PRECONDITION,
     errors.BackupDamaged: StatusCode.DATA_LOSS,
     errors.KeyringInvalid: StatusCode.DATA_LOSS,
     errors.CallerChanged: StatusCode.INTERNAL,

@@ -5,12 +5,14 @@ The operator's key must be no oracle. A private key is applied in one place, `Ve
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final, NoReturn, final
 
+import msgspec
+
 from unsealerd.core import session as protocol
-from unsealerd.core.age import Identity
+from unsealerd.core.age import Identity, P256Identity, X25519Identity
 from unsealerd.core.blinding import validate_point
 from unsealerd.core.conversation import Answer, Challenge, Question
 from unsealerd.core.rules import passphrase_subject
@@ -31,15 +33,13 @@ _MAX_NUMBER = 1 << 53  # above it JSON programs lose digits; no honest time or g
 # --- what a host shows
 
 
-@dataclass(frozen=True, slots=True)
-class TlsPin:
+class TlsPin(msgspec.Struct, frozen=True):
     """It holds the TLS key with this fingerprint (32 bytes), as it says itself."""
 
     fingerprint: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class NoEvidence:
+class NoEvidence(msgspec.Struct, frozen=True):
     """Nothing, or a kind that this version does not know."""
 
 
@@ -49,8 +49,7 @@ Evidence = TlsPin | NoEvidence
 # --- what the operator expects
 
 
-@dataclass(frozen=True, slots=True)
-class KnownHost:
+class KnownHost(msgspec.Struct, frozen=True):
     """The entry of the host, over a connection that stands on exactly the pinned certificate."""
 
     name: str
@@ -58,8 +57,7 @@ class KnownHost:
     trust: Trust
 
 
-@dataclass(frozen=True, slots=True)
-class LocalSocket:
+class LocalSocket(msgspec.Struct, frozen=True):
     """The daemon's own socket: the file system says who owns it, and the evidence of a network host has no meaning."""
 
 
@@ -74,8 +72,7 @@ def subject(offered: Offered) -> str:
     return str(offered.recipient)
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True):
     """What the hello says the operator can answer for."""
 
     nonce: bytes
@@ -129,6 +126,11 @@ class VerifiedQuestion(_MadeByVerify):
     def recipient(self) -> str:
         """Or ``passphrase:NAME``: then nobody knows the recipient before the passphrase is entered."""
         return subject(self._offered)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the key answers without asking the person for anything: it comes from a file, which was read before."""
+        return isinstance(self._offered, P256Identity | X25519Identity)
 
     def answer(self, on_event: OnEvent) -> Answer:
         """Use the private key. May prompt for a PIN or a passphrase, or wait for a touch. Raises what the identity raises."""
@@ -185,10 +187,7 @@ def verify(
     _verify_host(expected, evidence)
     _verify_facts(challenge)
     questions = tuple(_verified(offer, challenge, index) for index in range(len(challenge.questions)))
-    passphrases = [each.tag for each in challenge.questions if each.kdf is not None]
-    if len(set(passphrases)) != len(passphrases):
-        # Each would be asked for; and what is derived by two salts is worth two guesses.
-        raise BadMessage("one passphrase is asked for twice")
+    _verify_numbers(offer, challenge)
     words = session_words(
         challenge.session, offer.nonce, tuple(question.point for question in challenge.questions)
     )
@@ -226,6 +225,24 @@ def _verify_facts(challenge: Challenge) -> None:
     shares = (challenge.shares_present, challenge.shares_needed)
     if not all(0 <= number < _MAX_NUMBER for number in (*numbers, *shares)):
         raise BadMessage("a challenge with impossible numbers")
+
+
+def _verify_numbers(offer: Offer, challenge: Challenge) -> None:
+    """How often one identity is asked. Raises `BadMessage`.
+
+    Each answer is one use of the private key, and a host that was broken into may have brought the point from the backup of
+    another. On P-256 a stanza says whose it is (but for one pair in 2^32), and a passphrase is asked for where there is a list:
+    once. Two salts would be worth two guesses, too. An X25519 stanza says nothing, so a key file is asked about each of them.
+    """
+    asked = Counter(question.tag for question in challenge.questions)
+    for tag, times in asked.items():
+        offered = offer.identities[tag]
+        if times > 1 and (
+            isinstance(offered, PassphraseOperator) or offered.recipient.curve is not Curve.X25519
+        ):
+            raise BadMessage(
+                f"{subject(offered)} is asked {times} times in one session, which no honest host does"
+            )
 
 
 def _verified(offer: Offer, challenge: Challenge, index: int) -> VerifiedQuestion:

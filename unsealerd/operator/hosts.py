@@ -3,7 +3,7 @@
 import enum
 import os
 import re
-import tempfile
+import stat
 from pathlib import Path
 
 import msgspec
@@ -19,9 +19,11 @@ from unsealerd.errors import (
     LimitExceeded,
     StorageFailed,
 )
+from unsealerd.operator.events import HostsExposed, OnEvent, ignore
 
 ENVIRONMENT = "UNSEALERD_HOSTS"
 MAX_HOSTS = 4096
+_WRITTEN_BY_OTHERS = 0o022  # permission bits of group and others
 _MAX_FILE_BYTES = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]|[A-Za-z0-9._-]{1,253}):([0-9]{1,5})")
@@ -93,13 +95,16 @@ def default_path() -> Path:
 class Hosts:
     """The file, read and written whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_event: OnEvent = ignore) -> None:
+        """``on_event``: told once if others may write the file."""
         self.path = path
+        self._on_event = on_event
 
     def list(self) -> tuple[Host, ...]:
-        """All entries by name. A missing file has none. Raises `ConfigInvalid`, `AccessDenied`."""
+        """All entries by name. A missing file has none. Raises `ConfigInvalid`; `AccessDenied`, also for another user's file."""
         try:
             with self.path.open("rb") as file:
+                self._check_owner(os.fstat(file.fileno()))
                 data = file.read(_MAX_FILE_BYTES + 1)
         except FileNotFoundError:
             return ()
@@ -121,6 +126,16 @@ class Hosts:
         if content.version != 1 or len(names) != len(content.hosts) or len(names) > MAX_HOSTS:
             raise ConfigInvalid(f"{self.path}: another version, or a name that is there twice")
         return tuple(sorted(content.hosts, key=lambda host: host.name))
+
+    def _check_owner(self, status: os.stat_result) -> None:
+        """Who may write a pin decides whom the operator answers. Raises `AccessDenied`."""
+        if status.st_uid not in (0, os.geteuid()):
+            raise AccessDenied(
+                f"{self.path}: belongs to another user (uid {status.st_uid}), who could have put any host there"
+            )
+        if status.st_mode & _WRITTEN_BY_OTHERS:
+            self._on_event(HostsExposed(self.path, stat.S_IMODE(status.st_mode)))
+            self._on_event = ignore
 
     def find(self, name_or_address: str) -> Host:
         """The host of that name, or else of that address. Raises `HostUnknown`, and what `list` raises."""
@@ -150,10 +165,12 @@ class Hosts:
         return host
 
     def _write(self, hosts: tuple[Host, ...]) -> None:
+        import tempfile
+
         data = msgspec.json.format(msgspec.json.encode(_File(1, hosts)), indent=2) + b"\n"
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # mkstemp makes the file 0600: who may write a pin decides whom the operator answers.
+            # mkstemp makes the file 0600: see _check_owner.
             descriptor, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
             try:
                 with os.fdopen(descriptor, "wb") as file:

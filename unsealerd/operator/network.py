@@ -5,8 +5,9 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
+
+import msgspec
 
 from unsealerd import errors
 from unsealerd.core.conversation import (
@@ -58,8 +59,7 @@ class _Failed(Protocol):
     def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
+class Deadlines(msgspec.Struct, frozen=True):
     """Seconds."""
 
     hello: float = 15
@@ -68,10 +68,13 @@ class Deadlines:
     """All of it: a little more than the server allows, so that the server says so."""
 
 
+_USUAL = Deadlines()
+
+
 @contextlib.contextmanager
-def connect(host: Host, deadlines: Deadlines = Deadlines()) -> Iterator["GrpcConversation"]:
+def connect(host: Host, deadlines: Deadlines = _USUAL) -> Iterator["GrpcConversation"]:
     """A conversation with a known host. Raises `NotInstalled`; the network is used at the hello."""
-    with _channel(host) as channel:
+    with open_channel(host) as channel:
         conversation = GrpcConversation(host, channel, deadlines)
         try:
             yield conversation
@@ -79,11 +82,11 @@ def connect(host: Host, deadlines: Deadlines = Deadlines()) -> Iterator["GrpcCon
             conversation.close()
 
 
-def status(host: Host, deadlines: Deadlines = Deadlines()) -> Status:
+def status(host: Host, deadlines: Deadlines = _USUAL) -> Status:
     """What anybody may know of a host. Raises what `GrpcConversation.hello` raises."""
     import grpc
 
-    with _channel(host) as channel:
+    with open_channel(host) as channel:
         from google.protobuf.message import DecodeError
 
         from unsealerd.proto import unlock_pb2
@@ -176,7 +179,8 @@ class GrpcConversation:
             raise BadMessage("not a SessionResponse") from err
 
 
-def _channel(host: Host) -> "grpc.Channel":
+def open_channel(host: Host) -> "grpc.Channel":
+    """To a known host, and to no other. Raises `NotInstalled`; the network is used by the first call."""
     # As the gateway does: the pinned key is on P-256, and no suite is left that could use it in TLS 1.2.
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -214,11 +218,7 @@ def _named(err: "grpc.RpcError", host: Host, seconds: float | None) -> errors.Un
     for key, value in call.trailing_metadata() or ():
         if key == ERROR_METADATA:
             kind = errors.named(value) if isinstance(value, str) else None
-            return (
-                kind("the host says so")
-                if kind in NETWORK_ERRORS
-                else BadMessage("an error without a known name")
-            )
+            return kind() if kind in NETWORK_ERRORS else BadMessage("an error without a known name")
     match call.code():
         case grpc.StatusCode.UNAVAILABLE:
             return _connection_lost(host)

@@ -1,11 +1,11 @@
 """How an identity asks for a secret: at the moment of use, through a port that the command line implements."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class PinRequest:
+
+class PinRequest(msgspec.Struct, frozen=True):
     """What a person must know before they type a PIN."""
 
     device: str

@@ -5,8 +5,10 @@ A drill is the same conversation for another purpose: the host checks the answer
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.core import session as protocol
 from unsealerd.core.conversation import AnswerCall, HelloCall, Result
@@ -14,7 +16,7 @@ from unsealerd.errors import BadAnswer, BadMessage, BadRequest, named
 from unsealerd.model import Purpose, State
 from unsealerd.operator.conversation import Conversation
 from unsealerd.operator.events import Challenged, OnEvent, TlsOnly, ignore
-from unsealerd.operator.evidence import KnownHost, Offer, Offered, VerifiedQuestion, verify
+from unsealerd.operator.evidence import KnownHost, Offer, Offered, VerifiedChallenge, VerifiedQuestion, verify
 from unsealerd.operator.hosts import Trust
 
 MAX_REASON = 256
@@ -27,8 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _MAX_NUMBER = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What came of it. At least one recipient was accepted."""
 
     state: State
@@ -88,10 +89,20 @@ def _converse(
     match expected:
         case KnownHost(trust=Trust.TLS):
             on_event(TlsOnly(expected.name))
-    on_event(Challenged(challenge.facts, challenge.words))
+    on_event(_challenged(challenge))
     answers = tuple(question.answer(on_event) for question in challenge.questions)
     result = conversation.answer(AnswerCall(challenge.facts.session, answers, reason, accept_rollback))
     return _outcome(result, challenge.questions, challenge.words)
+
+
+def _challenged(challenge: VerifiedChallenge) -> Challenged:
+    times = Counter(question.recipient for question in challenge.questions)
+    return Challenged(
+        challenge.facts,
+        challenge.words,
+        max(times.values()),
+        all(question.silent for question in challenge.questions),
+    )
 
 
 def _outcome(result: Result, questions: tuple[VerifiedQuestion, ...], words: tuple[str, ...]) -> Outcome:

@@ -6,8 +6,9 @@ checks. What is read without a session is for people, or is checked by other mea
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.tpm import template
@@ -21,8 +22,7 @@ _CAP_TPM_PROPERTIES = 6
 _BOTH_WAYS = Use.DECRYPT | Use.ENCRYPT
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
+class Clock(msgspec.Struct, frozen=True):
     """TPMS_CLOCK_INFO: milliseconds of operation, and counts of resets and of resumes."""
 
     clock: int
@@ -30,8 +30,7 @@ class Clock:
     restart_count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Blobs:
+class Blobs(msgspec.Struct, frozen=True):
     """What TPM2_Create gives: TPMT_PUBLIC and the wrapped sensitive area."""
 
     public: bytes

@@ -3,9 +3,10 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
+
+import msgspec
 
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.errors import BadRequest, NotInitialised, SealRefused, TpmFailed
@@ -26,8 +27,7 @@ _ATTEMPTS = 5
 _FIRST_PAUSE = 0.02  # seconds; doubled each time: 0.3 s in all
 
 
-@dataclass(frozen=True, slots=True)
-class _Anchors:
+class _Anchors(msgspec.Struct, frozen=True):
     """What the names in the pin were found to stand for: two handles of the library, as `Esys.save` gives them."""
 
     parent: bytes

@@ -2,7 +2,8 @@
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.tpm import commands, parent
 from unsealerd.tpm.esys import Esys
@@ -21,8 +22,7 @@ class ParentKind(enum.Enum):
     TEMPLATE = "template"
 
 
-@dataclass(frozen=True, slots=True)
-class TpmFacts:
+class TpmFacts(msgspec.Struct, frozen=True):
     """`clock` in milliseconds; `lockout_counter` counts failed authorisations, and power cuts with DA objects loaded.
 
     `pcr_values`: of the SHA-256 bank, hex by the decimal number of the PCR.

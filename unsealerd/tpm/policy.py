@@ -9,7 +9,8 @@ import enum
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 DIGEST_SIZE = 32
 ALG_SHA256 = 0x000B
@@ -33,16 +34,14 @@ class Comparison(enum.IntEnum):
     UNSIGNED_LE = 0x0009
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(msgspec.Struct, frozen=True):
     """One comparison of the reset count, as PolicyCounterTimer makes it."""
 
     operand: bytes
     comparison: Comparison
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """What must hold when the sealed copy is asked for: all of it.
 
     The reset count lies between `resets_low` and `resets_high`, both included; the counter has the value `counter`;

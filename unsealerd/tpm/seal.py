@@ -119,13 +119,11 @@ def _refusal(
     wrong (something on the bus can forge an error, which carries no HMAC).
     """
     with salted(esys, SessionKind.HMAC, parent) as session:
+        if commands.read_counter(esys, session, index) != terms.counter:
+            # Without the values: what is said of a refusal is stored on the disk.
+            return SealRefused(LockReason.SEALED_COPY_USED, "the counter is not where it was for the copy")
         values = commands.read_pcrs(esys, session, tuple(terms.pcrs))
-        count = commands.read_counter(esys, session, index)
         resets = commands.read_clock(esys, session, last=True).reset_count
-    if count != terms.counter:
-        return SealRefused(
-            LockReason.SEALED_COPY_USED, f"the counter is {count}, the copy was made for {terms.counter}"
-        )
     if not terms.resets_low <= resets <= terms.resets_high:
         made_for = (
             f"{terms.resets_low}"

@@ -1,6 +1,11 @@
-"""What the daemon says, as it happens: a thread that listens on the admin socket, and connects again for ever."""
+"""What the daemon says, as it happens: a thread that listens on the admin socket, and connects again for ever.
+
+The watcher is root, and the daemon is not: what it says is one of the words of the design or is refused, and no more of it
+waits than `MOST_WAITING`.
+"""
 
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,11 +13,14 @@ from pathlib import Path
 
 from unsealerd.client.connection import Connection
 from unsealerd.errors import BadMessage, UnsealerdError
-from unsealerd.model import State
+from unsealerd.model import LockReason, State
 
+_EVENT = re.compile(r"[a-z_]{1,32}")
 MONITOR = "io.unsealerd.Admin.Monitor"
 FIRST_PAUSE = 0.2  # seconds before the second try to connect; doubled before each further one, up to...
 LONGEST_PAUSE = 10.0
+MOST_WAITING = 64  # events; what comes then waits in the socket, and the daemon for it
+_LONG_ENOUGH = 0.1  # seconds between two looks at whether there is room
 _PATIENCE = 60.0  # seconds for the first answer: the daemon holds it back until its start is through
 
 
@@ -23,7 +31,7 @@ class Heard:
     event: str
     state: State
     reason: str | None
-    detail: str | None
+    """A `LockReason`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,10 @@ class Feed:
             try:
                 with Connection(self._admin, timeout=_PATIENCE) as connection:
                     for answer in connection.stream(MONITOR):
-                        self._wakes.put(heard(answer))
+                        event = heard(answer)
+                        while self._wakes.qsize() >= MOST_WAITING:
+                            self._pause(_LONG_ENOUGH)
+                        self._wakes.put(event)
                         pause, silent = FIRST_PAUSE, False
                 raise BadMessage("the daemon ended the stream")
             except UnsealerdError as err:
@@ -79,11 +90,10 @@ class Feed:
 def heard(answer: Mapping[str, object]) -> Heard:
     """Raises `BadMessage`."""
     match answer:
-        case {"event": str(event), "state": str(state)}:
-            reason, detail = answer.get("reason"), answer.get("detail")
-            if isinstance(reason, str | None) and isinstance(detail, str | None):
-                try:
-                    return Heard(event, State(state), reason, detail)
-                except ValueError as err:
-                    raise BadMessage("the daemon names a state that is none") from err
+        case {"event": str(event), "state": str(state)} if _EVENT.fullmatch(event):
+            reason = answer.get("reason")
+            try:
+                return Heard(event, State(state), None if reason is None else LockReason(reason).value)
+            except ValueError as err:
+                raise BadMessage("the daemon names a state, or a reason, that is none") from err
     raise BadMessage("the answer to Monitor is not one")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from unsealerd import config
+from unsealerd import __version__, config
 from unsealerd.errors import ConfigInvalid
 from unsealerd.watch.feed import Feed, Wake
 from unsealerd.watch.places import Places
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="unsealerd-watch", description="Tells people and services what happens to the keys."
     )
     parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH, metavar="FILE")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -46,7 +47,7 @@ def serve(path: Path, places: Places) -> int:
         # SimpleQueue.put may be called while another put is under way: library reference, queue.
         signal.signal(number, lambda *_: wakes.put(None))
     admin = settings.current().daemon.runtime_dir / "admin"
-    watcher = Watcher(settings, places, admin, time.time)
+    watcher = Watcher(settings, places, admin, time.time, time.monotonic)
     Feed(admin, wakes, time.sleep).start()
     watcher.run(wakes)
     return 0

@@ -28,7 +28,7 @@ class Places:
 
     def say(self, event: Event) -> None:
         """One line on the console. Never waits: a serial console that nobody reads may take nothing."""
-        line = f"unsealerd: {_plain(event.sentence())}\r\n"
+        line = f"unsealerd: {plain(event.sentence())}\r\n"
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = os.open(self.console, flags)
@@ -47,7 +47,7 @@ class Places:
         for path in (self.issue, self.motd):
             try:
                 if event.event == "locked":
-                    replace(path, f"{_plain(event.sentence())}\n")
+                    replace(path, f"{plain(event.sentence())}\n")
                 else:
                     remove(path)
             except UnsealerdError as err:
@@ -81,6 +81,6 @@ class Places:
             self.memory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _plain(text: str) -> str:
-    """Fit for a terminal, and for agetty, which reads a backslash as an order."""
+def plain(text: str) -> str:
+    """Fit for a log, a terminal, and for agetty, which reads a backslash as an order."""
     return "".join(c if c.isascii() and c.isprintable() and c != "\\" else "?" for c in text)

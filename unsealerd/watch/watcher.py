@@ -6,6 +6,8 @@ a rotation that happened while nobody listened is acted upon too, and a hundred 
 
 import logging
 import queue
+import re
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from unsealerd.watch import textfile, units
 from unsealerd.watch.event import Event, Letter
 from unsealerd.watch.feed import Heard, Lost, Wake
 from unsealerd.watch.memory import Memory, recall, remember
-from unsealerd.watch.places import Places
+from unsealerd.watch.places import Places, plain
 from unsealerd.watch.settings import Settings
 
 INTERVAL = 30.0  # seconds between two writings of the metrics
@@ -28,17 +30,33 @@ _ADMIN = "io.unsealerd.Admin"
 _PATIENCE = 15.0  # seconds for one question to the daemon
 _MAX_REPLY = 16 << 20  # bytes: the description of as many keys as a configuration may declare
 
+_MAX_HOST_NAME = 64  # characters: HOST_NAME_MAX, gethostname(2)
+_MAX_NUMBER = 1 << 53  # above it JSON programs lose digits
+_BOOT_ID = re.compile(r"[0-9a-f-]{36}")
+_TOLD_AT_MOST = 20  # times in...
+_TOLD_WITHIN = 60.0  # ...so many seconds; what comes then is told when it has calmed down, as it is by then
+
 _STATES = frozenset({"state", "locked", "unlocked"})
 
 _log = logging.getLogger("unsealerd-watch")
 
 
 class Watcher:
-    def __init__(self, settings: Settings, places: Places, admin: Path, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        places: Places,
+        admin: Path,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
         self._settings = settings
         self._places = places
         self._admin = admin
         self._clock = clock
+        self._monotonic = monotonic
+        self._told: deque[float] = deque(maxlen=_TOLD_AT_MOST)
+        self._untold: tuple[State, str | None] | None = None
         self._memory = Memory()
 
     def run(self, wakes: "queue.SimpleQueue[Wake]") -> None:
@@ -50,6 +68,8 @@ class Watcher:
             try:
                 wake = wakes.get(timeout=INTERVAL)
             except queue.Empty:
+                if self._untold is not None:
+                    self._tell(*self._untold)
                 self._write_metrics()
                 continue
             if wake is None:
@@ -63,8 +83,8 @@ class Watcher:
         match wake:
             case Lost(error):
                 notify(STATUS="the daemon does not answer")
-                _log.warning("daemon lost error=%s detail=%s", error.name, error.detail)
-            case Heard(event, state, reason, _):
+                _log.warning("daemon lost error=%s detail=%s", error.name, plain(error.detail))
+            case Heard(event, state, reason):
                 notify(STATUS=f"{state.value}: {reason}" if reason else state.value)
                 if event in _STATES:
                     self._tell(state, reason)
@@ -79,24 +99,37 @@ class Watcher:
         event = self._event(state, reason)
         self._places.post(event)  # always: the files may be from before a soft reboot, or gone
         if now == before:
+            self._untold = None
             return
         if state is State.LOCKED or (
             state is State.UNLOCKED and before is not None and before[0] == "locked"
         ):
+            if not self._may_tell():
+                self._untold = state, reason
+                return
             self._places.say(event)
             self._send(event)
+        self._untold = None
         self._keep(replace(self._memory, told=now))
+
+    def _may_tell(self) -> bool:
+        """Whether one more is not too many: each is a unit that is started, and a line on the console."""
+        now = self._monotonic()
+        if len(self._told) == _TOLD_AT_MOST and now - self._told[0] < _TOLD_WITHIN:
+            return False
+        self._told.append(now)
+        return True
 
     def _event(self, state: State, reason: str | None) -> Event:
         status = self._ask("Status").get("status")
         facts = status if isinstance(status, dict) else {}
-        since = facts.get("since")
+        host, boot_id, since = (facts.get(name) for name in ("host_name", "boot_id", "since"))
         return Event(
             event="locked" if state is State.LOCKED else "unlocked",
-            host=str(facts.get("host_name") or "this host"),
+            host=plain(host)[:_MAX_HOST_NAME] if isinstance(host, str) and host else "this host",
             reason=reason,
-            since=since if isinstance(since, int) else int(self._clock()),
-            boot_id=str(facts.get("boot_id") or ""),
+            since=since if isinstance(since, int) and 0 <= since < _MAX_NUMBER else int(self._clock()),
+            boot_id=boot_id if isinstance(boot_id, str) and _BOOT_ID.fullmatch(boot_id) else "",
         )
 
     def _send(self, event: Event) -> None:
@@ -157,7 +190,7 @@ class Watcher:
             with Connection(self._admin, timeout=_PATIENCE, max_reply=_MAX_REPLY) as connection:
                 return connection.call(f"{_ADMIN}.{method}")
         except UnsealerdError as err:
-            _log.warning("%s error=%s detail=%s", method, err.name, err.detail)
+            _log.warning("%s error=%s detail=%s", method, err.name, plain(err.detail))
             return {}
 
     def _keep(self, memory: Memory) -> None:

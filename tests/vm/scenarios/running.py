@@ -15,7 +15,7 @@ def _first_boot(server: Server) -> str:
         " && systemctl reload unsealerd"
     )
     made = server.ctl("init")
-    check(made["keys"] == ["web-sessions"], f"init should make one key, and says {made}")
+    check(sorted(made["keys"]) == ["tokens", "web-sessions"], f"init should make two keys, and says {made}")
     server.run("systemctl start unsealerd-gateway && systemctl restart --no-block web")
     server.enrol()
     server.web_has(server.keys())
@@ -82,6 +82,40 @@ def _denied(server: Server) -> str:
     return "it waits, the denial is in the audit log"
 
 
+def _by_unit(server: Server) -> str:
+    """Who asks is told by the control group that the kernel reports; root is nobody special."""
+    before = int(server.ctl("audit")["count"])
+    said = {}
+    for unit in ("signer", "stranger"):
+        server.run(f"systemctl start {unit}.service")
+        said[unit] = server.run(f"cat /run/{unit}.out").strip()
+    # The agent's own shell, and one in a unit that is made for it: both are root.
+    said["agent"] = server.run("/opt/unsealerd/bin/python3 /opt/vm/mac.py").strip()
+    said["shell"] = server.run(
+        "systemd-run --quiet --wait --pipe --unit=shell.service /opt/unsealerd/bin/python3 /opt/vm/mac.py"
+    ).strip()
+    check(said["signer"] == "version 1, right, not right", f"signer.service should sign and verify: {said}")
+    for unit in ("stranger", "agent", "shell"):
+        check(said[unit] == "denied", f"{unit}.service should be denied: {said}")
+    told = [
+        (record["event"], record["caller"]["unit"], record["caller"]["uid"] == 0)
+        for record in server.ctl("audit")["records"][before:]
+        if record.get("key") == "tokens" and record["event"] != "key_used"
+    ]
+    expected = [
+        ("key_sign", "signer.service", False),
+        ("key_verify", "signer.service", False),
+        ("denied", "stranger.service", False),
+        ("denied", "agent.service", True),
+        ("denied", "shell.service", True),
+    ]
+    check(told == expected, f"the audit log should name each unit: {told}")
+    return (
+        "signed and verified as signer.service; denied as stranger.service, and to root in two other units; all of it is"
+        " in the audit log"
+    )
+
+
 FIRST = [
     Scenario(
         "first boot, `init`, an operator adds the host",
@@ -103,5 +137,10 @@ SCENARIOS = [
         "a service asks for a key that no policy grants it",
         "never starts, with an empty key least of all",
         _denied,
+    ),
+    Scenario(
+        "a key that the policy grants to one unit, used by it, by another, and by root",
+        "the unit signs and verifies; the others are denied; the audit log names each unit",
+        _by_unit,
     ),
 ]

@@ -58,9 +58,20 @@ def _ask(app: App) -> Answers | UnsealerdError:
 
 
 def _checks(subject: Subject) -> Iterator[Finding]:
-    from unsealerd.cli.doctor import clock, files, gateway, keys, memory, reboot, tpm, units
+    from unsealerd.cli.doctor import (
+        auditlog,
+        clock,
+        files,
+        gateway,
+        keyring,
+        keys,
+        memory,
+        reboot,
+        tpm,
+        units,
+    )
 
-    for part in (keys, tpm, memory, clock, files, units, gateway, reboot):
+    for part in (keys, keyring, auditlog, tpm, memory, clock, files, units, gateway, reboot):
         yield from part.check(subject)
 
 

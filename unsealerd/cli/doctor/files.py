@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from unsealerd import keyringid
 from unsealerd.cli.doctor.finding import Finding, fail, ok, problems_or, warn
 from unsealerd.cli.doctor.subject import Answers, Subject
+from unsealerd.cli.init import GATEWAY_USER
 
 _OTHERS_WRITE = 0o022  # group and others
 _OTHERS_ALL = 0o077
+DAEMON_GROUP = "unsealerd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,13 @@ class _Rule:
 
 def check(subject: Subject) -> Iterator[Finding]:
     yield from problems_or(
-        _configuration(subject), ok("configuration", f"{subject.config_path} is read, and root's")
+        [
+            *_owned(subject.config_path),
+            *_owned(gateway_file(subject)),
+            *_owned(keyringid.beside(subject.config_path)),
+            *_readable(subject),
+        ],
+        ok("configuration", f"{subject.config_path} is read, and root's"),
     )
     state = subject.config.daemon.state_dir
     initialised = isinstance(subject.answers, Answers) and subject.answers.state != "uninitialised"
@@ -41,6 +50,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             needed=initialised and subject.config.tpm.tcti is not None,
         ),
         _Rule(state / "audit.jsonl", _OTHERS_ALL, "audit log"),
+        *(_Rule(path, _OTHERS_ALL, "audit log") for path in sorted(state.glob("audit-*.jsonl"))),
         _Rule(state / "gateway", _OTHERS_ALL, "gateway's directory", needed=initialised, kind=stat.S_IFDIR),
         _Rule(state / "gateway" / "tls.key", _OTHERS_ALL, "gateway's TLS key", needed=initialised),
         _Rule(state / "gateway" / "tls.crt", _OTHERS_WRITE, "gateway's certificate", needed=initialised),
@@ -49,7 +59,8 @@ def check(subject: Subject) -> Iterator[Finding]:
         _violations(at_rest, "files"), ok("files", f"{state}: nobody else reads or writes it")
     )
     yield from problems_or(
-        _parents(state), ok("way to the files", "only root and the daemon can replace them")
+        _parents(state, subject.config_path),
+        ok("way to the files", "only root and the daemon can replace them"),
     )
     if isinstance(subject.answers, Answers):
         run = subject.config.daemon.runtime_dir
@@ -64,17 +75,45 @@ def check(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _configuration(subject: Subject) -> Iterator[Finding]:
-    path = subject.config_path
-    found = path.stat()
+def gateway_file(subject: Subject) -> Path:
+    """The gateway's configuration: beside the daemon's."""
+    from unsealerd.gateway.settings import FILE_NAME
+
+    return subject.config_path.with_name(FILE_NAME)
+
+
+def _owned(path: Path) -> Iterator[Finding]:
+    """Only root may write it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return  # who reads it says so
     if found.st_uid != 0:
         yield fail("configuration", f"{path} belongs to user {found.st_uid}", f"chown root: {path}")
     if found.st_mode & _OTHERS_WRITE:
         yield fail("configuration", f"{path} can be written by others than root", f"chmod go-w {path}")
-    if subject.config.notify.webhook is not None and found.st_mode & 0o004:
-        yield warn(
-            "configuration", f"{path} is readable by everybody, and has a webhook", f"chmod o-r {path}"
-        )
+
+
+def _readable(subject: Subject) -> Iterator[Finding]:
+    """It says who may unlock, and may have what a passphrase can be guessed with: not for others, nor for the gateway."""
+    path, config = subject.config_path, subject.config
+    found = path.stat()
+    gateway = subject.machine.account(GATEWAY_USER)
+    if found.st_mode & stat.S_IROTH:
+        who, hint = "everybody", f"chmod o-r {path}"
+    elif gateway is not None and gateway.may_read(found):
+        who, hint = "the gateway", f"chgrp {DAEMON_GROUP} {path}"
+    else:
+        return
+    secrets = []
+    if config.notify.webhook is not None:
+        secrets.append("the webhook")
+    if any(operator.passphrase is not None for operator in config.operators):
+        secrets.append("what a passphrase can be guessed with")
+    verdict = fail if secrets else warn
+    yield verdict(
+        "configuration", f"{who} can read {path}, with {' and '.join(['who may unlock', *secrets])}", hint
+    )
 
 
 def _violations(rules: list[_Rule], check: str) -> Iterator[Finding]:
@@ -100,9 +139,9 @@ def _violations(rules: list[_Rule], check: str) -> Iterator[Finding]:
             )
 
 
-def _parents(state: Path) -> Iterator[Finding]:
+def _parents(*paths: Path) -> Iterator[Finding]:
     """Who may rename a directory may put another one in its place."""
-    for directory in state.parents:
+    for directory in dict.fromkeys(parent for path in paths for parent in path.absolute().parents):
         try:
             found = directory.stat()
         except OSError:

@@ -1,7 +1,8 @@
-"""The gateway: can it be reached from here, and does it have the key that operators pinned?"""
+"""The gateway: does its file agree with the daemon's, can it be reached from here, has it the key that operators pinned?"""
 
 from collections.abc import Iterator
 
+from unsealerd.cli.doctor.files import gateway_file
 from unsealerd.cli.doctor.finding import Finding, fail, ok, refused
 from unsealerd.cli.doctor.subject import Subject
 from unsealerd.errors import UnsealerdError
@@ -12,15 +13,28 @@ _ANYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - what the c
 
 def check(subject: Subject) -> Iterator[Finding]:
     from unsealerd.core.tlskey import fingerprint
+    from unsealerd.gateway import settings
     from unsealerd.gateway.identity import load_certificate
     from unsealerd.operator.hosts import fetch_certificate
 
+    path, daemon = gateway_file(subject), subject.config.daemon
     try:
-        own = fingerprint(load_certificate(subject.config.daemon.state_dir / "gateway"))
+        configured = settings.load(path)
+        own = fingerprint(load_certificate(daemon.state_dir / "gateway"))
     except UnsealerdError as err:
         yield refused("gateway", err)
         return
-    for listen in subject.config.gateway.listen:
+    for name, its, daemons in (
+        ("state_dir", configured.state_dir, daemon.state_dir),
+        ("runtime_dir", configured.runtime_dir, daemon.runtime_dir),
+    ):
+        if its != daemons:
+            yield fail(
+                "gateway",
+                f"{name} is {its} in {path}, and {daemons} for the daemon",
+                "say the same in both files; systemctl restart unsealerd-gateway",
+            )
+    for listen in configured.listen:
         address = near(listen)
         try:
             found = fingerprint(fetch_certificate(address, _SECONDS).encode())

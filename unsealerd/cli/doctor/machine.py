@@ -1,6 +1,9 @@
 """What a check asks of the machine. Paths below `root`, so that a test can put another machine there."""
 
 import ctypes
+import os
+import pwd
+import stat
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +13,22 @@ from pathlib import Path
 _SYSTEMCTL_SECONDS = 15
 _TIMEX_BYTES = 512  # struct timex has 208 on 64-bit machines
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user, as the kernel's checks of permissions see it."""
+
+    uid: int
+    gids: frozenset[int]
+
+    def may_read(self, found: os.stat_result) -> bool:
+        """The first class that fits decides: path_resolution(7)."""
+        if found.st_uid == self.uid:
+            return bool(found.st_mode & stat.S_IRUSR)
+        if found.st_gid in self.gids:
+            return bool(found.st_mode & stat.S_IRGRP)
+        return bool(found.st_mode & stat.S_IROTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +53,14 @@ class Machine:
 
     def now(self) -> float:
         return time.time()
+
+    def account(self, name: str) -> Account | None:
+        """The user of that name, or None where there is none."""
+        try:
+            user = pwd.getpwnam(name)
+        except KeyError:
+            return None
+        return Account(user.pw_uid, frozenset(os.getgrouplist(name, user.pw_gid)))
 
     def kernel_says_synchronised(self) -> bool | None:
         """What adjtimex(2) says of the clock: whoever keeps the time, it is told; None if it cannot be asked."""

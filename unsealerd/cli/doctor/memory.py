@@ -3,13 +3,20 @@
 import re
 from collections.abc import Iterator
 
+from unsealerd import keyringid
 from unsealerd.cli.doctor.finding import Finding, fail, ok, warn
 from unsealerd.cli.doctor.subject import Answers, Subject
 from unsealerd.cli.fields import optional, required
 
 _CORE_LIMIT = re.compile(r"^Max core file size\s+(\S+)\s+(\S+)", re.MULTILINE)
 _BEST = "memfd_secret"
-_ELSEWHERE = ("no TPM:", "no memfd_secret:", "the TPM's counter", "operators were proven")
+_ELSEWHERE = (
+    "no TPM:",
+    "no memfd_secret:",
+    "the TPM's counter",
+    "operators were proven",
+    keyringid.FILE_NAME,
+)
 """Parts of warnings of the daemon that other checks are about."""
 
 
@@ -27,7 +34,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def _kind(kind: str) -> Finding:
     if kind == _BEST:
-        return ok("secret memory", "memfd_secret: not even root or the kernel maps it")
+        return ok("secret memory", "memfd_secret: in no dump, swap or map of the kernel")
     return warn(
         "secret memory",
         f"{kind}: root and the kernel can read it",

@@ -11,7 +11,8 @@ refused, so `parse_header(b).encode()` is the beginning of ``b``.
 
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from unsealerd.core.age.base64 import decode_unpadded, encode_unpadded
 from unsealerd.core.age.primitives import derive
@@ -29,8 +30,7 @@ _COLUMNS = 64
 _VCHAR = frozenset(range(0x21, 0x7F))
 
 
-@dataclass(frozen=True, slots=True)
-class Stanza:
+class Stanza(msgspec.Struct, frozen=True):
     """One wrapped copy of the file key: for whom (type and arguments), and the ciphertext."""
 
     type: str
@@ -48,8 +48,7 @@ class Stanza:
         return _STANZA_MARK + b" ".join(words) + b"\n" + b"".join(line + b"\n" for line in lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     """A header that is well formed. Nothing in it is authenticated before `verify_mac`."""
 
     stanzas: tuple[Stanza, ...]

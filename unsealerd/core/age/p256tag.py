@@ -7,13 +7,12 @@ Sealing is the library's HPKE. Opening is written out below, since the library w
 is of it here is the x coordinate of a Diffie-Hellman.
 """
 
+import functools
 import hashlib
 import hmac
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+import msgspec
 
 from unsealerd.core.age import bech32
 from unsealerd.core.age.base64 import decode_unpadded, encode_unpadded
@@ -40,8 +39,7 @@ _MODE_BASE = b"\x00"
 _NONCE_SIZE = 12  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class P256TagRecipient:
+class P256TagRecipient(msgspec.Struct, frozen=True):
     """A public key on P-256, ``age1tag1...``. Raises ``IdentityInvalid`` for what is not a point."""
 
     public: bytes  # 33 bytes, compressed SEC 1
@@ -59,7 +57,7 @@ class P256TagRecipient:
         return _sec1(self._key(), compressed=False)
 
     def __str__(self) -> str:
-        return bech32.encode(RECIPIENT_PREFIX, self.public)
+        return _spelled(self.public)
 
     def tag(self, enc: bytes) -> bytes:
         """The hint in a stanza that lets an operator be found before anybody is asked."""
@@ -116,6 +114,12 @@ class P256TagRecipient:
             raise IdentityInvalid("an age1tag recipient that is not a compressed point of P-256") from err
 
 
+@functools.lru_cache(maxsize=1024)
+def _spelled(public: bytes) -> str:
+    """Remembered, since every hello of anybody asks for that of every operator; nothing in it is secret."""
+    return bech32.encode(RECIPIENT_PREFIX, public)
+
+
 def _arguments(stanza: Stanza) -> tuple[bytes, bytes]:
     """Tag and encapsulated point of a stanza of our type."""
     try:
@@ -129,6 +133,9 @@ def _arguments(stanza: Stanza) -> tuple[bytes, bytes]:
 
 def _extract_and_expand(shared: SecretBuffer, kem_context: bytes, kem_secret: memoryview) -> None:
     """Fill in the KEM's shared secret: ExtractAndExpand of RFC 9180 section 4.1, in one HKDF."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
     label = _labelled_input(_KEM_SUITE, b"eae_prk")
     info = _labelled_info(_KEM_SUITE, b"shared_secret", kem_context, len(kem_secret))
     with SecretBuffer(len(label) + len(shared)) as material:
@@ -139,6 +146,9 @@ def _extract_and_expand(shared: SecretBuffer, kem_context: bytes, kem_secret: me
 
 def _key_schedule(kem_secret: memoryview, key: memoryview, base_nonce: memoryview) -> None:
     """Fill in key and nonce: KeySchedule of RFC 9180 section 5.1, mode_base, without a pre-shared key."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
     psk_id_hash = hmac.digest(b"", _labelled_input(_HPKE_SUITE, b"psk_id_hash"), "sha256")
     info_hash = hmac.digest(b"", _labelled_input(_HPKE_SUITE, b"info_hash") + _INFO, "sha256")
     context = _MODE_BASE + psk_id_hash + info_hash

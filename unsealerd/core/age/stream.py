@@ -11,9 +11,6 @@ Counter and flag make it impossible to reorder, drop, append or cut at a chunk's
 import os
 from collections.abc import Iterator
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-
 from unsealerd.core.age.primitives import TAG_SIZE, derive
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.errors import AgePayloadInvalid
@@ -30,6 +27,8 @@ def _chunk_nonces(count: int) -> Iterator[bytes]:
 
 def encrypt_stream(plaintext: memoryview, file_key: SecretBuffer, out: bytearray) -> None:
     """Append the payload to ``out``, encrypting from one memory straight into the other."""
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     size = plaintext.nbytes
     count = max(1, -(-size // CHUNK_SIZE))
     nonce = os.urandom(NONCE_SIZE)
@@ -46,6 +45,9 @@ def encrypt_stream(plaintext: memoryview, file_key: SecretBuffer, out: bytearray
 
 def decrypt_stream(payload: memoryview, file_key: SecretBuffer) -> SecretBuffer:
     """The plaintext of a payload that begins with its nonce: all of it, or ``AgePayloadInvalid``."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     nonce, sealed = bytes(payload[:NONCE_SIZE]), payload[NONCE_SIZE:]
     count = -(-sealed.nbytes // _SEALED_CHUNK_SIZE)
     last = sealed.nbytes - (count - 1) * _SEALED_CHUNK_SIZE

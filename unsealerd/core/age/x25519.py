@@ -4,8 +4,10 @@
 BODY                   BODY     = ChaCha20-Poly1305(wrap key, file key)
 """
 
-from dataclasses import dataclass
+import functools
 from typing import TYPE_CHECKING, Self
+
+import msgspec
 
 from unsealerd.core.age import bech32
 from unsealerd.core.age.base64 import decode_unpadded, encode_unpadded
@@ -25,8 +27,7 @@ IDENTITY_PREFIX = "AGE-SECRET-KEY-"
 _INFO = b"age-encryption.org/v1/X25519"
 
 
-@dataclass(frozen=True, slots=True)
-class X25519Recipient:
+class X25519Recipient(msgspec.Struct, frozen=True):
     """A public key, ``age1...``. Raises ``IdentityInvalid`` for 32 bytes that no identity has."""
 
     public: bytes  # 32 bytes
@@ -42,7 +43,7 @@ class X25519Recipient:
         return Curve.X25519
 
     def __str__(self) -> str:
-        return bech32.encode(RECIPIENT_PREFIX, self.public)
+        return _spelled(self.public)
 
     def wrap(self, file_key: SecretBuffer) -> Stanza:
         # The ephemeral private key lives in the library's memory, for this call.
@@ -84,6 +85,12 @@ class X25519Recipient:
 
     def _wrap_key(self, share: bytes, shared: SecretBuffer) -> SecretBuffer:
         return derive(shared.view, share + self.public, _INFO)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spelled(public: bytes) -> str:
+    """Remembered, since every hello of anybody asks for that of every operator; nothing in it is secret."""
+    return bech32.encode(RECIPIENT_PREFIX, public)
 
 
 def _share(stanza: Stanza) -> bytes:

@@ -37,8 +37,9 @@ def open_identities(
 ) -> list[Identity | PassphraseOperator]:
     """The identities of one spec: at least one.
 
-    ``piv:``, ``piv:SERIAL``, ``openpgp:``, ``openpgp:SERIAL``, ``pkcs11:URI`` (RFC 7512), ``passphrase:NAME``, or a
-    path (``./piv:x`` for a file of such a name). Reads public keys only, but for a file, whose passphrase is asked for.
+    ``piv:``, ``piv:SERIAL``, ``piv:SERIAL/SLOT``, ``openpgp:``, ``openpgp:SERIAL``, ``pkcs11:URI`` (RFC 7512),
+    ``passphrase:NAME``, or a path (``./piv:x`` for a file of such a name). Reads public keys only, but for a file, whose
+    passphrase is asked for.
     ``last_try``: use the last try of a PIN. Raises what the kind raises: `ReaderMissing`, `CardMissing`, `NotInstalled`,
     `IdentityInvalid`, `BadRequest`, ...
     """
@@ -47,7 +48,8 @@ def open_identities(
         case "piv":
             from unsealerd.operator.identities import piv
 
-            return [*piv.find(which or None, prompts=prompts, on_event=on_event, last_try=last_try)]
+            serial, slot = piv.which(which)
+            return [*piv.find(serial, slot, prompts=prompts, on_event=on_event, last_try=last_try)]
         case "openpgp":
             from unsealerd.operator.identities import openpgp
 

@@ -1,5 +1,6 @@
 """A key in a PIV card, such as a YubiKey: key agreement in a slot, 9D by default."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +40,16 @@ class _Device:
         kind = "PIV card" if self.version is None else f"YubiKey {self.version[0]}"
         which = self.serial or f"in {printable(self.reader)}"
         return f"{kind} {which}, PIV slot {slot:02X}"
+
+
+def which(text: str) -> tuple[str | None, int]:
+    """The serial number, if any, and the slot of ``SERIAL``, ``SERIAL/SLOT`` or ``/SLOT``. Raises `BadRequest`."""
+    serial, separator, slot = text.partition("/")
+    if not separator:
+        return serial or None, KEY_MANAGEMENT
+    if not re.fullmatch(r"[0-9A-Fa-f]{2}", slot):
+        raise BadRequest(f"{slot!r} is not a slot of a PIV card: 9D, or 82 to 95")
+    return serial or None, int(slot, 16)
 
 
 def find(
