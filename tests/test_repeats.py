@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from unsealerd.core.auditchain import AUDIT_LOG, GENESIS, Record, verify_line
+from unsealerd.core.auditchain import AUDIT_LOG, GENESIS, Facts, Record, verify_line
 from unsealerd.daemon.audit import AuditLog
 from unsealerd.daemon.caller import Caller
-from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.host import Host
 from unsealerd.daemon.repeats import KINDS, KINDS_OF_EACH, ONE_BY_ONE
 from unsealerd.daemon.unlocking import Conversations
 from unsealerd.errors import AccessDenied

@@ -24,6 +24,8 @@ GENESIS = "0" * 64
 MAX_LINE_BYTES = 16 << 10
 
 Record = dict[str, object]
+Facts = dict[str, object]
+"""Who asked, and for what, as it stands in a record."""
 
 AUDIT_LOG = "audit.jsonl"
 ROTATED = "audit_rotated"

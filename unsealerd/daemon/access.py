@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import msgspec
 
+from unsealerd.core.auditchain import Facts
 from unsealerd.core.policy import NOTHING, Subject
 from unsealerd.daemon.caller import Caller
-from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.host import Host
 from unsealerd.daemon.pace import Pace
 from unsealerd.errors import AccessDenied, UnsealerdError
 from unsealerd.model import Operation

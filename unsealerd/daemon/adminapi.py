@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from unsealerd.core.auditchain import Facts
 from unsealerd.core.keyring import Key
 from unsealerd.core.sharing import Backup
 from unsealerd.daemon.access import caller_facts
-from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.host import Host
 from unsealerd.daemon.interface import Empty, Interface, Method
 from unsealerd.daemon.report import Report
 from unsealerd.daemon.watch import Event

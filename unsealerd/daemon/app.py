@@ -15,12 +15,13 @@ from pathlib import Path
 
 from unsealerd import __version__, keyringid, notify
 from unsealerd.config import Config, load
+from unsealerd.core.auditchain import Facts
 from unsealerd.core.secret import SecretBuffer, SecretMemoryKind
 from unsealerd.daemon import hygiene, journal
 from unsealerd.daemon.access import Access
 from unsealerd.daemon.audit import AuditLog, in_thread
 from unsealerd.daemon.fdstore import FdStore, Received
-from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.host import Host
 from unsealerd.daemon.keptmemory import PREFIX
 from unsealerd.daemon.keptsockets import LISTENER, READER, KeptSockets
 from unsealerd.daemon.keyreader import KeyReader

@@ -7,8 +7,9 @@ must not give it half of its program from before and half from after, so `Office
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from unsealerd.core.auditchain import Facts
 from unsealerd.core.secret import SecretBuffer, SecretMemoryKind
-from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.host import Host
 from unsealerd.daemon.varlink import Info, VarlinkServer
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from unsealerd.core.auditchain import Facts
 from unsealerd.daemon.counters import Counters
 from unsealerd.errors import AuditUnwritable
 
@@ -16,7 +17,6 @@ KINDS_OF_EACH = 8  # of one source, before what else comes from it is counted to
 KINDS = 32  # of all sources of one room, before what comes from others is counted together
 AGAIN = "_again"  # the end of the event's name in the record with a count
 
-Facts = dict[str, object]
 _Key = tuple[str, str, bytes, bytes]  # room, event, source, what it is about
 _ANY = b""
 

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from unsealerd.core.auditchain import Facts
 from unsealerd.core.rules import KnownOperator, Rules
 from unsealerd.core.session import (
     LIFETIME,
@@ -24,7 +25,7 @@ from unsealerd.core.session import (
 from unsealerd.core.sharing import Backup, Sharing
 from unsealerd.core.words import session_words
 from unsealerd.daemon.gathering import Gathering
-from unsealerd.daemon.host import Facts, Host
+from unsealerd.daemon.host import Host
 from unsealerd.daemon.pace import Pace, Refusals
 from unsealerd.daemon.watch import Event
 from unsealerd.errors import (
