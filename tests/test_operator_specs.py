@@ -35,9 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     def found(kind: str) -> Callable[..., list[X25519Identity]]:
         def find(
-            which: str | None, *, prompts: Prompts, on_event: OnEvent, last_try: bool = False
+            which: str | None, *slot: int, prompts: Prompts, on_event: OnEvent, last_try: bool = False
         ) -> list[X25519Identity]:
-            seen.append((kind, which, last_try))
+            seen.append((kind, (which, *slot) if slot else which, last_try))
             return [X25519Identity.generate()]
 
         return find
@@ -50,8 +50,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("piv:", ("piv", None, False)),
-        ("piv:12345678", ("piv", "12345678", False)),
+        ("piv:", ("piv", (None, 0x9D), False)),
+        ("piv:12345678", ("piv", ("12345678", 0x9D), False)),
+        ("piv:12345678/83", ("piv", ("12345678", 0x83), False)),
         ("openpgp:", ("openpgp", None, False)),
         ("openpgp:0006:12345678", ("openpgp", "0006:12345678", False)),
         (
@@ -94,7 +95,7 @@ def test_everything_else_is_a_file(
 
 def test_without_a_name_all_cards_are_found(asked: Asked) -> None:
     assert len(plugged_in(prompts=Person(), last_try=True)) == 2
-    assert asked == [("piv", None, True), ("openpgp", None, True)]
+    assert asked == [("piv", (None, 0x9D), True), ("openpgp", None, True)]
 
 
 def failing(error: UnsealerdError) -> Callable[..., list[X25519Identity]]:
