@@ -90,7 +90,14 @@ def test_an_entry_that_was_cut_off_was_never_written(tmp_path: Path, medium: Pat
     assert not _read(tmp_path, whole[: 3 * SECTOR] + bytes(2 * SECTOR) + whole[3 * SECTOR :]).whole
 
 
-@pytest.mark.parametrize("log", [b"", b"\0" * SECTOR, b"something else" * 100])
+def test_a_machine_that_wrote_nothing_has_an_empty_log(tmp_path: Path, medium: Path) -> None:
+    before = medium.read_bytes()
+    _settle(tmp_path, medium, b"", _WHOLLY)
+    assert medium.read_bytes() == before
+    assert _read(tmp_path, b"").whole
+
+
+@pytest.mark.parametrize("log", [b"\0", b"\0" * SECTOR, b"something else" * 100])
 def test_another_file_is_refused(tmp_path: Path, log: bytes) -> None:
     with pytest.raises(RigError):
         _read(tmp_path, log)

@@ -12,9 +12,10 @@ from pathlib import Path
 from vm import qemu
 from vm.errors import Broken, GuestSilent, NotHere, NotInMirror, RigError
 from vm.images import CHECKOUT, image
+from vm.progress import progress
 from vm.scenarios import all_scenarios
 from vm.server import Server
-from vm.table import Outcome, Row, Scenario, Table, document, progress
+from vm.table import Outcome, Row, Scenario, Table, document
 
 RELEASES = ("bookworm", "trixie")
 _DOCUMENT = CHECKOUT / "docs" / "reboots.md"

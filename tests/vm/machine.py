@@ -14,6 +14,7 @@ from vm.errors import GuestSilent, RigError
 from vm.images import Image
 from vm.notes import DISK, FILE_SYSTEM
 from vm.programs import copy, quietly
+from vm.progress import progress
 from vm.qemu import Processes
 from vm.writelog import Log
 
@@ -72,6 +73,24 @@ class Machine:
         """Switch it on, wait for the agent, and return the boot id."""
         if self._processes is not None:
             raise RigError("the machine is on already")
+        tpm, before = self.directory / "tpm", self.directory / "tpm-before"
+        if tpm.exists():  # made at the first start
+            _replace(before, tpm)
+        try:
+            return self._power_on()
+        except GuestSilent:
+            # An emulated processor that hangs before the guest has written a byte says nothing about the guest: the same again,
+            # with the TPM as it was. Once.
+            if not self._untouched():
+                raise
+            progress("the emulator hung at power on; the same again")
+            self._on().cut()
+            self._processes = self._link = None
+            if before.exists():
+                _replace(tpm, before)
+            return self._power_on()
+
+    def _power_on(self) -> str:
         self._starts += 1
         run = self.directory / f"run{self._starts}"
         run.mkdir()
@@ -81,6 +100,10 @@ class Machine:
         self.port = self._processes.forward(self.port)
         self._link = AgentLink(self._processes.agent)
         return self.wait_for_boot()
+
+    def _untouched(self) -> bool:
+        """Whether the guest has written nothing to the disk of the state since it was switched on."""
+        return (self._on().directory / _LOG).stat().st_size == 0
 
     def wait_for_boot(self) -> str:
         """The agent's first word after the next boot: the boot id."""
@@ -198,6 +221,11 @@ class Machine:
             raise RigError("the machine is on")
         copy(taken / "root", self.root)
         copy(taken / "state", self.state)
+
+
+def _replace(target: Path, source: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
 
 
 def _root_disk(medium: Path) -> list[str]:

@@ -92,8 +92,9 @@ class Processes:
             # Never KVM, even where it opens: nested, it stops at some kernels. With the default buffer a reset takes a minute:
             # what was translated before is dropped piece by piece while the next kernel is written over it.
             "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=128",
-            # QEMU 7.2 corrupts flags after an unlocked cmpxchg16b, and kernels then crash at random: hidden from them.
-            "-cpu", "Nehalem,+rdrand,-cx16", "-smp", "2", "-m", str(_MEMORY_MB),
+            # QEMU 7.2 corrupts flags after an unlocked cmpxchg16b, and kernels then crash at random: hidden from them. One
+            # processor: of two, each on a thread of its own, both were seen to wait for each other for ever.
+            "-cpu", "Nehalem,+rdrand,-cx16", "-smp", "1", "-m", str(_MEMORY_MB),
             "-kernel", str(kernel), "-append", _COMMAND_LINE,
             *itertools.chain(*disks),
             "-serial", f"file:{self.console}",

@@ -1,8 +1,6 @@
 """The scenarios that were played: what was done, what was expected, what was seen, and how long it took."""
 
 import enum
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -79,7 +77,3 @@ def document(preface: str, before: str, tables: Sequence[Table]) -> str:
     }
     parts |= {table.release: table.markdown() for table in tables}
     return "\n".join([preface, *(parts[release] for release in sorted(parts))])
-
-
-def progress(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -76,7 +76,8 @@ class Log:
         with path.open("rb") as file:
             writes = tuple(_requests(file))
             end = writes[-1].position + writes[-1].size if writes else SECTOR
-            return cls(path, writes, whole=end == file.seek(0, 2))
+            size = file.seek(0, 2)
+            return cls(path, writes, whole=size in {0, end} if not writes else size == end)
 
     def flushed(self, end: int) -> int:
         """How many of the first ``end`` requests are on the disk for sure: up to the last flush among them."""
@@ -123,8 +124,10 @@ class Log:
 
 def _requests(log: BinaryIO) -> Iterator[Write]:
     header = log.read(_SUPER.size)
+    if not header:
+        return  # its head comes with the first write
     if len(header) < _SUPER.size:
-        raise RigError("the log of the disk is empty")
+        raise RigError("the log of the disk is cut off")
     magic, version, _, sector = _SUPER.unpack(header)
     if (magic, version) != (_MAGIC, 1):
         raise RigError("not a log of a disk")
