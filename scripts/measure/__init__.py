@@ -1,0 +1,1 @@
+"""The programs, measured against their peers: `scripts/bench`."""
