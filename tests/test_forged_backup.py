@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rigs.forger import BACKUP, contents, forge, put, seal
+from rigs.forger import BACKUP, before_lineages, contents, forge, put, seal
 from rigs.manager import ServiceManager
 from rigs.server import PATIENCE, Server
 
@@ -310,6 +310,32 @@ def test_the_pin_is_written_beside_the_configuration_that_the_daemon_reads(plain
     assert not elsewhere.with_name("keyring.id").exists()
 
 
+# --- a backup from before there were lineages
+
+
+@pytest.mark.promise(6)
+@pytest.mark.parametrize("pinned", [False, True], ids=["not pinned", "pinned"])
+def test_a_backup_without_a_lineage_is_opened_where_nothing_is_pinned(plain: Server, pinned: bool) -> None:
+    """An upgrade loses no key; and where a keyring is pinned nobody gets past that with the older format."""
+    power_off(plain)
+    before_lineages(plain)
+    if not pinned:
+        id_file(plain).unlink()
+    plain.start()
+    if pinned:
+        assert "version 1" in refused(plain)
+        return
+    plain.unlock()
+    assert plain.key() == plain.remembered
+    assert unpinned(plain)
+    plain.ctl("backup", "pin")
+    plain.stop(signal.SIGKILL)
+    plain.start()
+    plain.unlock()
+    assert plain.key() == plain.remembered
+    assert not unpinned(plain)
+
+
 # --- the lineage
 
 
@@ -327,6 +353,7 @@ def test_the_lineage_outlives_every_change_and_is_nowhere_in_plain(server: Serve
     assert status(server)["keyring"]["id"] == before
     with decrypt((server.state / BACKUP).read_bytes(), [server.identity]) as plaintext:
         keyring = parse(plaintext)
+        assert keyring.lineage is not None
         lineage = bytes(keyring.lineage)
         assert keyring.id == before
         keyring.close()

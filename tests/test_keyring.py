@@ -158,6 +158,7 @@ def test_the_layout_is_the_one_that_is_documented() -> None:
     draft = Draft(None).create("web", owner="team", purpose="cookies", size=16, now=NOW)
     built = draft.build(generation=1, counter=7, now=NOW)
     assert content(built)[:HEAD_SIZE] == GOOD[:HEAD_SIZE]
+    assert built.lineage is not None
     assert content(built)[HEAD_SIZE:] == bytes(built.lineage) + bytes(built.view("web", 1))
     assert built.lineage.nbytes == 32
     built.close()
@@ -404,9 +405,27 @@ def test_every_new_keyring_has_a_lineage_of_its_own() -> None:
     one, other = (Draft(None).build(generation=1, counter=None, now=NOW) for _ in range(2))
     assert one.id != other.id
     for keyring in (one, other):
+        lineage = keyring.lineage
+        assert lineage is not None
         keyring.close()
         with pytest.raises(ValueError):
-            bytes(keyring.lineage)
+            bytes(lineage)
+
+
+@pytest.mark.promise(6)
+def test_a_keyring_of_version_1_is_read_and_gets_a_lineage_with_its_next_writing() -> None:
+    first = spelled(metadata(key()), b"k" * 16, lineage=b"").replace(b"-v2", b"-v1", 1)
+    with parsed(first) as keyring:
+        assert keyring.id is None
+        assert content(keyring) == first
+        assert bytes(keyring.view("web", 1)) == b"k" * 16
+        written = Draft(keyring).build(generation=2, counter=None, now=NOW)
+        assert written.id is not None
+        assert bytes(written.view("web", 1)) == b"k" * 16
+        assert content(written).startswith(MAGIC)
+        written.close()
+    assert "not as long" in refused(spelled(metadata(key()), b"k" * 16).replace(b"-v2", b"-v1", 1))
+    assert "not as long" in refused(first.replace(b"-v1", b"-v2", 1))
 
 
 @pytest.mark.promise(11)

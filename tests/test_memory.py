@@ -112,6 +112,7 @@ def test_no_copy_of_the_lineage(server: Server) -> None:
         decrypt((server.state / "keyring.age").read_bytes(), [server.identity]) as plaintext,
         contextlib.closing(parse(plaintext)) as keyring,
     ):
+        assert keyring.lineage is not None
         lineage = bytes(keyring.lineage)
         assert keyring.id == server.status()["keyring"]["id"]
     assert copies(server.pid, lineage) == []

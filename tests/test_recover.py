@@ -488,6 +488,12 @@ def test_the_keys_are_listed_and_written(three: Made, tmp_path: Path) -> None:
         bad = tmp_path / "bad"
         bad.write_bytes(damaged)
         refused("keys", bad)
+    first, length, rest = three.plaintext.split(b"\n", 2)
+    end = int(length)
+    older = tmp_path / "older"  # as it was written before there were lineages
+    older.write_bytes(b"%b\n%b\n%b" % (first.replace(b"v2", b"v1"), length, rest[:end] + rest[end + 32 :]))
+    assert recover("keys", older).stdout.decode().startswith("keyring of version 1, generation 7\n")
+    assert recover("keys", older, "--key", "web:2").stdout == three.key
 
 
 # --- files

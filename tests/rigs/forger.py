@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rigs.server import Server
-from unsealerd.core.age import FILE_KEY_SIZE, encrypt_under, parse_recipient
+from unsealerd.core.age import FILE_KEY_SIZE, decrypt, encrypt_under, parse_recipient
 from unsealerd.core.draft import Draft
+from unsealerd.core.keyring import LINEAGE_SIZE
 from unsealerd.core.rules import KnownOperator, Rules
 from unsealerd.core.secret import SecretBuffer
 from unsealerd.core.sharing import wrap
@@ -45,9 +46,23 @@ def forge(server: Server, *, counter: int | None = None) -> Forged:
         with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
             data = encrypt_under(wrap(Rules(operators), file_key), keyring.buffer.view, file_key)
             key = bytes(keyring.usable("demo")[0].view)
-            return Forged(data, key, keyring.id, bytes(file_key.view))
+            return Forged(data, key, str(keyring.id), bytes(file_key.view))
     finally:
         keyring.close()
+
+
+def before_lineages(server: Server) -> None:
+    """The host's own backup as a version of this program wrote it whose format had no lineage. Without a TPM."""
+    tables = tomllib.loads(server.config.read_text())["operator"]
+    operators = tuple(KnownOperator(o["name"], parse_recipient(o["recipient"])) for o in tables)
+    with decrypt((server.state / BACKUP).read_bytes(), [server.identity]) as plaintext:
+        text = bytes(plaintext.view).replace(b"unsealerd-keyring-v2", b"unsealerd-keyring-v1", 1)
+    head, length, rest = text.split(b"\n", 2)
+    metadata, secret = rest[: int(length)], rest[int(length) + LINEAGE_SIZE :]
+    with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
+        plain = memoryview(b"%b\n%b\n%b%b" % (head, length, metadata, secret))
+        data = encrypt_under(wrap(Rules(operators), file_key), plain, file_key)
+    (server.state / BACKUP).write_bytes(data)
 
 
 def put(server: Server, forged: Forged) -> None:

@@ -77,7 +77,7 @@ def export(app: App, file: Path, force: bool) -> None:
     write_new(file, data, replace=force)
     facts = {
         "file": str(file),
-        "keyring": required(answer, "keyring", str),
+        "keyring": optional(answer, "keyring", str),
         "generation": generation,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -85,7 +85,7 @@ def export(app: App, file: Path, force: bool) -> None:
     if app.json:
         print_json(facts)
         return
-    print_table([(name, str(value)) for name, value in facts.items()])
+    print_table([(name, str(value)) for name, value in facts.items() if value is not None])
 
 
 @backup.command("pin")

@@ -8,6 +8,8 @@
     LINEAGE                   32 bytes, drawn when the keyring was made, the same ever since
     KEY BYTES                 of every version that is not revoked, in the order of the metadata, back to back
 
+A backup of version 1 has no lineage. It is read, so that nobody loses a key by an upgrade; what is written has one, drawn then.
+
 The lineage says whose a backup is. An age file can be written by anybody who knows the operators' recipients; one with this
 lineage only by who has opened a backup of this keyring. Its digest, the keyring's id, is no secret (unsealerd/keyringid.py).
 
@@ -28,6 +30,7 @@ from unsealerd.model import KEY_NAME, VersionState
 MAX_BYTES = 16 << 20  # of the whole plaintext
 LINEAGE_SIZE = 32  # bytes
 _MAGIC = b"unsealerd-keyring-v2\n"
+_MAGIC_1 = b"unsealerd-keyring-v1\n"
 _ID_LABEL = b"unsealerd.io/keyring/v1"
 _MAX_LENGTH_DIGITS = 8
 _MAX_COUNT = 2**64 - 1  # of the generation; the TPM's counter has 64 bits
@@ -88,12 +91,12 @@ class Keyring:
 
     __slots__ = ("_keys", "_usable", "_views", "buffer", "lineage", "metadata")
 
-    def __init__(self, metadata: Metadata, buffer: SecretBuffer, offset: int) -> None:
-        """``offset``: where the secret part of the buffer begins."""
+    def __init__(self, metadata: Metadata, buffer: SecretBuffer, offset: int, lineage_size: int) -> None:
+        """``offset``: where the secret part of the buffer begins. ``lineage_size``: 0 in a keyring of version 1."""
         self.metadata = metadata
         self.buffer = buffer
-        self.lineage = buffer.view[offset : offset + LINEAGE_SIZE]
-        offset += LINEAGE_SIZE
+        self.lineage = buffer.view[offset : offset + lineage_size] if lineage_size else None
+        offset += lineage_size
         self._keys = {key.name: key for key in metadata.keys}
         self._views: dict[tuple[str, int], memoryview] = {}
         self._usable: dict[str, tuple[Usable, ...]] = {}
@@ -113,9 +116,12 @@ class Keyring:
             self._usable[key.name] = tuple(usable) if key.primary is not None else ()
 
     @property
-    def id(self) -> str:
-        """HMAC-SHA256 with the lineage as key, in hex. It tells nothing of the lineage, which is as long as the digest."""
-        return hmac.digest(self.lineage, _ID_LABEL, "sha256").hex()
+    def id(self) -> str | None:
+        """HMAC-SHA256 with the lineage as key, in hex. It tells nothing of the lineage, which is as long as the digest.
+
+        None in a keyring of version 1.
+        """
+        return None if self.lineage is None else hmac.digest(self.lineage, _ID_LABEL, "sha256").hex()
 
     def key(self, name: str) -> Key:
         """Raises `KeyNotFound`."""
@@ -144,7 +150,8 @@ class Keyring:
         """Wipe every key."""
         for view in self._views.values():
             view.release()
-        self.lineage.release()
+        if self.lineage is not None:
+            self.lineage.release()
         self.buffer.close()
         self._views.clear()
         self._usable.clear()
@@ -174,15 +181,15 @@ def compose(metadata: Metadata, lineage: memoryview | None, keys: list[memoryvie
         else:
             target[:] = source
         offset += size
-    return Keyring(metadata, buffer, len(head))
+    return Keyring(metadata, buffer, len(head), LINEAGE_SIZE)
 
 
 def parse(buffer: SecretBuffer) -> Keyring:
     """Take over a decrypted plaintext. Raises `KeyringInvalid` on any other bytes; the buffer is then the caller's to close."""
-    metadata, offset = _parse_head(buffer.view)
+    metadata, offset, lineage_size = _parse_head(buffer.view)
     _check(metadata)
     keys = (v.size for key in metadata.keys for v in key.versions if v.state is not VersionState.REVOKED)
-    sizes = [LINEAGE_SIZE, *keys]
+    sizes = [lineage_size, *keys] if lineage_size else [*keys]
     if offset + sum(sizes) != len(buffer):
         raise KeyringInvalid("lineage and key bytes are not as long as the metadata says")
     for size in sizes:
@@ -190,12 +197,14 @@ def parse(buffer: SecretBuffer) -> Keyring:
         if hmac.compare_digest(buffer.view[offset : offset + size], bytes(size)):
             raise KeyringInvalid("a key, or the lineage, is all zero")
         offset += size
-    return Keyring(metadata, buffer, len(buffer) - sum(sizes))
+    return Keyring(metadata, buffer, len(buffer) - sum(sizes), lineage_size)
 
 
-def _parse_head(view: memoryview) -> tuple[Metadata, int]:
-    if view.nbytes > MAX_BYTES or view[: len(_MAGIC)] != _MAGIC:
-        raise KeyringInvalid("not a keyring of version 2")
+def _parse_head(view: memoryview) -> tuple[Metadata, int, int]:
+    """The metadata, where the secret part begins, and how long the lineage in it is."""
+    if view.nbytes > MAX_BYTES or view[: len(_MAGIC)] not in (_MAGIC, _MAGIC_1):
+        raise KeyringInvalid("not a keyring of version 1 or 2")
+    lineage_size = LINEAGE_SIZE if view[: len(_MAGIC)] == _MAGIC else 0
     start = len(_MAGIC)
     # The length and the metadata hold no secret, so ordinary bytes will do.
     digits, newline, _ = bytes(view[start : start + _MAX_LENGTH_DIGITS + 1]).partition(b"\n")
@@ -211,7 +220,7 @@ def _parse_head(view: memoryview) -> tuple[Metadata, int]:
         raise KeyringInvalid(f"metadata: {err}") from err
     if _encoder.encode(metadata) != text:
         raise KeyringInvalid("the metadata is not canonical")
-    return metadata, start + len(text)
+    return metadata, start + len(text), lineage_size
 
 
 def _check(metadata: Metadata) -> None:

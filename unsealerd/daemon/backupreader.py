@@ -58,7 +58,12 @@ class BackupReader:
             raise BackupForeign(f"{err.detail}; until it can be read, no backup is known to be ours") from err
         if pinned is not None and pinned != found:
             self.foreign = found
-            raise BackupForeign(f"the backup is of the keyring {found}, and {self.id_file} names {pinned}")
+            what = (
+                "of version 1, which does not say of which keyring it is"
+                if found is None
+                else f"of the keyring {found}"
+            )
+            raise BackupForeign(f"the backup is {what}, and {self.id_file} names {pinned}")
         self.foreign = None
 
     def _remember(self, data: bytes, backup: Backup) -> None:
