@@ -125,6 +125,21 @@ def run(rig: Rig, body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(whole())
 
 
+@pytest.mark.promise(8)
+@pytest.mark.parametrize("peer", ["console", ""])
+def test_the_gateway_cannot_pose_as_the_console(tmp_path: Path, peer: str) -> None:
+    rig = Rig(tmp_path)
+
+    async def body() -> None:
+        await rig.answer("alice", peer=peer)
+        await rig.answer("bob", peer=None)
+
+    run(rig, body)
+    records = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    told = {record["peer"] for record in records if record["event"] == "unlock_answer"}
+    assert told == {"unknown", "console"}
+
+
 def test_the_clock_ends_the_window(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
 

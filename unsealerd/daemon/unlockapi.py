@@ -74,7 +74,7 @@ class UnlockApi:
             version=call.version,
             nonce=call.nonce,
             tags=call.tags,
-            peer=None if self._console else call.peer or "unknown",
+            peer=None if self._console else call.peer,
             purpose=call.purpose,
         )
         reason = self._host.lock_reason

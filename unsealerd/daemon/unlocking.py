@@ -117,6 +117,7 @@ class Conversations:
 
         Raises the errors of the session, `NotLocked` and `LimitExceeded`.
         """
+        peer = None if peer is None else _from_network(peer)
         site = None if peer is None else _site_of(peer)
         self._require_room(connection, peer, purpose)
         if purpose is Purpose.DRILL:
@@ -146,7 +147,7 @@ class Conversations:
         timer = asyncio.get_running_loop().call_later(LIFETIME, self.end, connection)
         self._open[connection] = _Open(
             session,
-            None if peer is None else _printable(peer, _MAX_PEER),
+            peer,
             site,
             self._host.operators,
             self._host.now,
@@ -439,7 +440,13 @@ def _printable(text: str, limit: int) -> str:
     return printable.encode()[:limit].decode(errors="ignore")
 
 
+def _from_network(peer: str) -> str:
+    """What the gateway says of its peer, fit for a record: never the word for the console, whoever speaks for the gateway."""
+    printable = _printable(peer, _MAX_PEER)
+    return printable if printable not in ("", _CONSOLE) else "unknown"
+
+
 def _site_of(peer: str) -> str:
     from unsealerd.daemon.address import site_of
 
-    return site_of(_printable(peer, _MAX_PEER))
+    return site_of(peer)
