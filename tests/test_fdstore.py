@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rigs.forger import before_lineages, without_lineage
 from rigs.manager import ServiceManager
 from rigs.memory import copies
 from rigs.server import Server, wait_for
@@ -145,6 +146,31 @@ def test_a_service_manager_that_keeps_nothing(plain: Server) -> None:
     plain.start()
     plain.assert_locked("unexpected_reboot")
     plain.unlock()
+
+
+@pytest.mark.promise(6)
+def test_an_upgrade_finds_a_keyring_without_a_lineage_and_gives_it_one(plain: Server) -> None:
+    """The daemon before wrote version 1 of the format. Nothing is pinned then."""
+    key = plain.key()
+    [fd] = manager_of(plain).copies()
+    magic, boot_id, _, keyring = content(fd).split(b"\n", 3)
+    os.close(fd)
+    plain.stop(signal.SIGKILL)
+    manager_of(plain).empty("memory-")
+    before_lineages(plain)
+    (plain.base / "keyring.id").unlink()
+    image = b"\n".join((magic, boot_id, digest(plain).encode(), without_lineage(keyring)))
+    manager_of(plain).put(f"memory-{digest(plain)}", _forge(image))
+    plain.start()
+    plain.assert_unlocked()
+    assert plain.key() == key
+    wait_for(lambda: plain.status()["keyring"]["id"] is not None, "the lineage")
+    manager_of(plain).settle()
+    plain.ctl("backup", "pin")
+    plain.stop(signal.SIGKILL)
+    plain.start()
+    plain.assert_unlocked()
+    assert plain.key() == key
 
 
 # --- lock, revoke, end

@@ -51,16 +51,20 @@ def forge(server: Server, *, counter: int | None = None) -> Forged:
         keyring.close()
 
 
+def without_lineage(keyring: bytes) -> bytes:
+    """The plaintext of a keyring as version 1 of the format has it."""
+    head, length, rest = keyring.split(b"\n", 2)
+    metadata, secret = rest[: int(length)], rest[int(length) + LINEAGE_SIZE :]
+    return b"%b\n%b\n%b%b" % (head.replace(b"-v2", b"-v1"), length, metadata, secret)
+
+
 def before_lineages(server: Server) -> None:
     """The host's own backup as a version of this program wrote it whose format had no lineage. Without a TPM."""
     tables = tomllib.loads(server.config.read_text())["operator"]
     operators = tuple(KnownOperator(o["name"], parse_recipient(o["recipient"])) for o in tables)
     with decrypt((server.state / BACKUP).read_bytes(), [server.identity]) as plaintext:
-        text = bytes(plaintext.view).replace(b"unsealerd-keyring-v2", b"unsealerd-keyring-v1", 1)
-    head, length, rest = text.split(b"\n", 2)
-    metadata, secret = rest[: int(length)], rest[int(length) + LINEAGE_SIZE :]
+        plain = memoryview(without_lineage(bytes(plaintext.view)))
     with SecretBuffer.random(FILE_KEY_SIZE) as file_key:
-        plain = memoryview(b"%b\n%b\n%b%b" % (head, length, metadata, secret))
         data = encrypt_under(wrap(Rules(operators), file_key), plain, file_key)
     (server.state / BACKUP).write_bytes(data)
 
