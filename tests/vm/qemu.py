@@ -125,11 +125,17 @@ class Processes:
         connection = socket.socket(socket.AF_UNIX)
         # The address is short also when the directory is not.
         fd = os.open(self.directory, os.O_PATH)
+
+        def listens() -> bool:
+            # There is a moment between the file and whoever listens at it.
+            return connection.connect_ex(f"/proc/self/fd/{fd}/{name}") == 0 or self._qemu.poll() is not None
+
         try:
-            connection.connect(f"/proc/self/fd/{fd}/{name}")
-        except OSError as err:
+            wait_for(listens, f"{name} to be listened at", _PATIENCE)
+            connection.getpeername()
+        except (AssertionError, OSError) as err:
             connection.close()
-            raise RigError(f"{name}: {err}") from err
+            raise RigError(f"{name}: {err}; see {self.directory}") from err
         finally:
             os.close(fd)
         return connection
