@@ -81,11 +81,6 @@ class Custody(Standing):
             if destroy:
                 self._require_counter("the bytes are destroyed here")
 
-    def must_write(self, keyring: Keyring) -> bool:
-        """Whether the backup is to be written anew though nothing changes."""
-        # The memory of a daemon before version 2 of the format has left no lineage.
-        return self.keeper.outdated or self.keeper.counter_behind or keyring.lineage is None
-
     async def _write(self, draft: Draft, *, destroy: bool = False) -> None:
         keyring = self.open_keyring()
         written = await self._worker.blocking(lambda: self._write_blocking(keyring, draft, destroy))
@@ -107,7 +102,7 @@ class Custody(Standing):
                 await self._destroy_sealed()
             draft = Draft(self.open_keyring())
             self._amend(draft)
-            if draft.changes or self.must_write(self.open_keyring()):
+            if draft.changes or self.keeper.outdated or self.keeper.counter_behind:
                 # How many: which ones is recorded one by one when it is done, and a thousand names are no record.
                 self.audit.append("scheduled_change", changes=len(draft.changes))
                 await self._write(draft)

@@ -111,7 +111,7 @@ class Host(Custody):
         """Unix seconds at which `tick` has something to do, or None."""
         if self.keyring is None:
             return None
-        if self.must_write(self.keyring):
+        if self.keeper.outdated or self.keeper.counter_behind:
             return 0
         plan = self.keeper.plan
         times = [schedule.due(self.keyring, self.config.keys), plan.deadline if plan is not None else None]

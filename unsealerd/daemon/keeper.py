@@ -113,7 +113,10 @@ class Keeper:
 
     @property
     def outdated(self) -> bool:
-        """Whether the backup was not written for the operators, and by the rules, that the configuration names now."""
+        """Whether the backup was not written for the operators, and by the rules, that the configuration names now.
+
+        So it is after a restart, whatever was found in memory: a keyring of version 1 gets its lineage then.
+        """
         return self._written_for != self._rules
 
     def _somebody_left(self, rules: Rules) -> bool:
